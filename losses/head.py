@@ -1,0 +1,60 @@
+"""Statistics of the next-token distribution from hidden states and LM head, in token chunks."""
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 2**24
+
+
+@torch.no_grad()
+def kept_mass(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+    kappa: float,
+    relative: bool = True,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """
+    Filter threshold and the probability mass that survives it, at every position.
+
+    With p the next-token distribution, a token v is kept if and only if p(v) ≥ τ, where τ = κ · max p (`relative`,
+    the min-p filter) or τ = κ.
+
+    Args:
+        hidden (`torch.Tensor` of shape `(tokens, hidden)`):
+            Final hidden states.
+        weight (`torch.Tensor` of shape `(vocab, hidden)`), bias (`torch.Tensor` of shape `(vocab,)`, *optional*):
+            LM head.
+        kappa (`float`):
+            κ in (0, 1].
+        relative (`bool`, *optional*, defaults to `True`):
+            Whether κ is relative to the largest probability.
+        temperature, logit_scale (`float`, *optional*, default to `1.0`), softcap (`float`, *optional*):
+            logits = softcap(logit_scale · (hidden · weightᵀ + bias)) / temperature.
+
+    Returns:
+        `log τ` and `log Σ_{kept v} p(v)`, in nats and without gradient. The second is `-inf` where nothing is kept,
+        which only an absolute threshold allows.
+    """
+    tokens = hidden.shape[0]
+    log_threshold = hidden.new_empty(tokens, dtype=torch.float32)
+    log_kept = torch.empty_like(log_threshold)
+    chunk = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    for start in range(0, tokens, chunk):
+        part = slice(start, start + chunk)
+        logits = torch.nn.functional.linear(hidden[part].to(weight.dtype), weight, bias).float() * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        logps = torch.log_softmax(logits / temperature, dim=-1)
+        threshold = math.log(kappa) + (logps.amax(-1) if relative else torch.zeros_like(logps[:, 0]))
+        log_threshold[part] = threshold
+        # A token at the threshold is kept: rounding in the logarithm must not decide the maximum's own fate
+        kept = logps >= threshold.unsqueeze(-1) - 1e-6
+        log_kept[part] = torch.logsumexp(logps.masked_fill(~kept, -math.inf), dim=-1)
+    return log_threshold, log_kept

@@ -1,0 +1,78 @@
+"""The catalogue: every method of the library, by short name. Adding a method adds one line to `METHODS`."""
+
+import difflib
+import importlib
+
+METHODS: dict[str, str] = {
+    "lp_reg": "policy",
+    "d3s": "policy",
+    "lite_ppo": "policy",
+    "dler": "policy",
+    "gain_rl": "policy",
+    "ln_dpo": "preference",
+    "rpo": "preference",
+    "hypo": "preference",
+    "asft": "supervised",
+}
+
+SUFFIXES = {"policy": "GRPO", "preference": "DPO", "supervised": "SFT"}
+BASES = {"policy": "PolicyTrainer", "preference": "PreferenceTrainer", "supervised": "SupervisedTrainer"}
+
+
+def class_stem(name: str) -> str:
+    """
+    What the method's classes are called before `Trainer` and `Config`: the short name in camel case and TRL's suffix.
+
+    ```python
+    >>> class_stem("lp_reg"), class_stem("ln_dpo")
+    ('LpRegGRPO', 'LnDPO')
+    ```
+    """
+    suffix = SUFFIXES[METHODS[name]]
+    return "".join(part.capitalize() for part in name.removesuffix("_" + suffix.lower()).split("_")) + suffix
+
+
+def find(name: str) -> str:
+    """
+    Check a method's short name; hyphens and capitals do not matter.
+
+    Raises:
+        `ValueError`: if there is no such method; the message suggests the nearest names.
+    """
+    key = name.lower().replace("-", "_")
+    if key not in METHODS:
+        near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.4)
+        hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
+        raise ValueError(f"Unknown method '{name}'. {hint}Methods are: {', '.join(METHODS)}.")
+    return key
+
+
+def load_trainer(name: str) -> type:
+    """Trainer class of the method with this short name."""
+    key = find(name)
+    return getattr(importlib.import_module(f"papertrl.trainers.{METHODS[key]}.{key}"), class_stem(key) + "Trainer")
+
+
+def exports() -> dict[str, str]:
+    """Public names of the package and the module that defines each."""
+    names = {"compose": "papertrl.trainers.method", "METHODS": "papertrl.catalogue"}
+    for family, base in BASES.items():
+        module = f"papertrl.trainers.{family}.base"
+        names |= {base: module, base.replace("Trainer", "Config"): module}
+    for method, family in METHODS.items():
+        module = f"papertrl.trainers.{family}.{method}"
+        names |= {class_stem(method) + kind: module for kind in ("Trainer", "Config")}
+    return names
+
+
+def method_table() -> str:
+    """Markdown table of the catalogue, as README and the method index show it."""
+    rows = ["| method | trainer | what it does | paper |", "|---|---|---|---|"]
+    for name in METHODS:
+        trainer = load_trainer(name)
+        paper = trainer._paper
+        rows.append(
+            f"| `{name}` | `{trainer.__name__}` | {trainer.method.summary} "
+            f"| [{paper['title']}](https://arxiv.org/abs/{paper['id']}) |"
+        )
+    return "\n".join(rows)

@@ -1,0 +1,189 @@
+"""Declarative fields for method configs: one place states a field's help, default and valid range."""
+
+import copy
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Valid:
+    """Accepted values of a field: bounds (`ge`, `gt`, `le`, `lt`) or an explicit tuple of `choices`."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    choices: tuple | None = None
+    optional: bool = False
+
+    def accepts(self, value: Any) -> bool:
+        if value is None:
+            return self.optional
+        if self.choices is not None:
+            return value in self.choices
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+            return False
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        if self.choices is not None:
+            text = "one of " + ", ".join(repr(choice) for choice in self.choices)
+        else:
+            low = f"[{self.ge}" if self.ge is not None else f"({self.gt}" if self.gt is not None else "(-inf"
+            high = f"{self.le}]" if self.le is not None else f"{self.lt})" if self.lt is not None else "inf)"
+            text = f"a number in {low}, {high}"
+        return f"{text} or None" if self.optional else text
+
+
+class _Metadata(dict):
+    """Field metadata whose `copy`, which is all that argument parsers read, holds only what `argparse` knows."""
+
+    def copy(self) -> dict:
+        return {"help": self["help"].replace("%", "%%")}
+
+
+def method_field(default: Any, help: str, **valid: Any) -> Any:
+    """
+    Dataclass field of a method config.
+
+    Args:
+        default (`Any`):
+            Default value; a list becomes a default factory.
+        help (`str`):
+            The field's only description: shown by `--help` and in the config's docstring.
+        **valid:
+            Bounds or choices, see [`Valid`]. A default of `None` makes `None` acceptable.
+    """
+    metadata = _Metadata(help=help)
+    if valid:
+        valid.setdefault("optional", default is None)
+        metadata["valid"] = Valid(**valid)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def method_config(cls: type) -> type:
+    """Class decorator: `dataclass`, plus a `Parameters` section in the docstring made from the fields' help."""
+    cls = dataclass(cls)
+    lines = []
+    for f in own_fields(cls):
+        valid = f.metadata.get("valid")
+        default = field_default(f)
+        lines.append(f"        {f.name} (`{_type_name(f.type)}`, *optional*, defaults to `{default!r}`):")
+        lines.append(f"            {f.metadata['help']}" + (f" Valid: {valid}." if valid else ""))
+    if lines:
+        cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    Parameters:\n" + "\n".join(lines) + "\n    "
+    return cls
+
+
+def own_fields(cls: type) -> list[dataclasses.Field]:
+    """Fields that `cls` itself introduces or overrides, in order of definition."""
+    return [cls.__dataclass_fields__[name] for name in cls.__dict__.get("__annotations__", {})]
+
+
+def field_default(f: dataclasses.Field) -> Any:
+    """Default value of a dataclass field, a fresh one where it has a factory."""
+    return f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
+
+
+def _type_name(annotation: Any) -> str:
+    return annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+
+
+class MethodConfigMixin:
+    """
+    Validation and adoption shared by every config of the library.
+
+    A subclass states the accepted values of its fields with [`method_field`]; relations between fields go into an
+    override of `validate` that calls `super().validate()`.
+    """
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.validate()
+
+    def validate(self) -> None:
+        """
+        Check every field against its declared range.
+
+        Raises:
+            `ValueError`: if a value is not accepted; the message names the field, the value and what is accepted.
+        """
+        for f in fields(self):
+            valid = f.metadata.get("valid")
+            if valid is not None and not valid.accepts(getattr(self, f.name)):
+                raise ValueError(f"`{f.name}` must be {valid}, got {getattr(self, f.name)!r}.")
+
+    @classmethod
+    def adopt(cls, args: Any) -> "MethodConfigMixin":
+        """
+        Turn `args`, a config of TRL's parent trainer or of another method, into this class.
+
+        Fields that `args` has keep its values; the method's own fields take their defaults. `args` is not changed.
+
+        Raises:
+            `TypeError`: if `args` is not a config of the same TRL family.
+        """
+        if isinstance(args, cls):
+            return args
+        parent = next(base for base in cls.__mro__ if base.__module__.startswith("trl."))
+        if not isinstance(args, parent):
+            raise TypeError(f"`args` must be a `{cls.__name__}` or a `{parent.__name__}`, got `{type(args).__name__}`.")
+        adopted = object.__new__(cls)
+        adopted.__dict__.update(copy.copy(args.__dict__))
+        for f in fields(cls):
+            if f.name not in adopted.__dict__:
+                setattr(adopted, f.name, field_default(f))
+        adopted.validate()
+        return adopted
+
+
+def merge_configs(name: str, configs: tuple[type, ...]) -> type:
+    """
+    Config class that has the fields of all `configs`.
+
+    Where two of them give one TRL field different defaults, the one listed first wins, whatever the order in which
+    dataclass inheritance would have resolved it.
+
+    Args:
+        name (`str`):
+            Name of the new class.
+        configs (`tuple` of config classes):
+            Configs of one family, the first taking precedence.
+    """
+    leaves = tuple(c for c in configs if not any(c is not other and issubclass(other, c) for other in configs))
+    leaves = tuple(dict.fromkeys(leaves))
+    if len(leaves) == 1:
+        return leaves[0]
+    chosen: dict[str, dataclasses.Field] = {}
+    for config in leaves:
+        for base in config.__mro__:
+            if MethodConfigMixin in base.__mro__[1:]:
+                for f in own_fields(base):
+                    chosen.setdefault(f.name, config.__dataclass_fields__[f.name])
+
+    def reduce_composed(self, protocol):
+        # The class is made at run time, so that pickle (used by `Trainer.save_model`) must make it again
+        return (_new_composed, (name, leaves), self.__dict__)
+
+    namespace = {
+        "__doc__": f"Config of a trainer composed of {', '.join(c.__name__ for c in leaves)}.",
+        "__reduce_ex__": reduce_composed,
+    }
+    specs = [
+        (f.name, f.type, field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
+        for f in chosen.values()
+    ]
+    return dataclasses.make_dataclass(name, specs, bases=leaves, namespace=namespace)
+
+
+def _new_composed(name: str, leaves: tuple[type, ...]) -> Any:
+    return object.__new__(merge_configs(name, leaves))
