@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -86,7 +87,7 @@ def method_config(cls: type) -> type:
 
 def own_fields(cls: type) -> list[dataclasses.Field]:
     """Fields that `cls` itself introduces or overrides, in order of definition."""
-    return [cls.__dataclass_fields__[name] for name in cls.__dict__.get("__annotations__", {})]
+    return [cls.__dataclass_fields__[name] for name in inspect.get_annotations(cls)]
 
 
 def field_default(f: dataclasses.Field) -> Any:
@@ -95,7 +96,11 @@ def field_default(f: dataclasses.Field) -> Any:
 
 
 def _type_name(annotation: Any) -> str:
-    return annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
+    return (
+        annotation.__name__
+        if isinstance(annotation, type) and not hasattr(annotation, "__args__")
+        else str(annotation)
+    )
 
 
 class MethodConfigMixin:
@@ -136,7 +141,9 @@ class MethodConfigMixin:
             return args
         parent = next(base for base in cls.__mro__ if base.__module__.startswith("trl."))
         if not isinstance(args, parent):
-            raise TypeError(f"`args` must be a `{cls.__name__}` or a `{parent.__name__}`, got `{type(args).__name__}`.")
+            raise TypeError(
+                f"`args` must be a `{cls.__name__}` or a `{parent.__name__}`, got `{type(args).__name__}`."
+            )
         adopted = object.__new__(cls)
         adopted.__dict__.update(copy.copy(args.__dict__))
         for f in fields(cls):

@@ -69,7 +69,9 @@ class MethodTrainer:
         for m in cls.methods:
             unknown = [stage for stage in (*m.extends, *m.replaces) if stage not in cls.stages]
             if unknown:
-                raise TypeError(f"Method '{m.name}' names stages {unknown}, but the {cls.family} stages are {cls.stages}.")
+                raise TypeError(
+                    f"Method '{m.name}' names stages {unknown}, but the {cls.family} stages are {cls.stages}."
+                )
         _refuse_clashes(cls.methods)
         if len(owners) > 1:
             papers = [owner._paper for owner in owners]
@@ -137,7 +139,9 @@ class MethodTrainer:
 
     def log_mean(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         """Record the mean over all ranks of something that sums to `total` over `count` items on this one."""
-        totals = self.accelerator.reduce(torch.stack([total.detach().float(), count.detach().float()]), reduction="sum")
+        totals = self.accelerator.reduce(
+            torch.stack([total.detach().float(), count.detach().float()]), reduction="sum"
+        )
         self.log_metric(name, totals[0] / totals[1].clamp(min=1.0))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -230,8 +234,8 @@ def check_checkpoint(folder: str | Path, methods: list[str]) -> None:
                 torch.load(folder / name, weights_only=True, map_location="meta")
     except Exception as error:
         raise ValueError(
-            f"`resume_from_checkpoint`: '{folder}' is damaged or no papertrl checkpoint ({error}). Resume from another "
-            f"'{PREFIX_CHECKPOINT_DIR}-*' folder, or start anew without `resume_from_checkpoint`."
+            f"`resume_from_checkpoint`: '{folder}' is damaged or no papertrl checkpoint ({error}). Resume from "
+            f"another '{PREFIX_CHECKPOINT_DIR}-*' folder, or start anew without `resume_from_checkpoint`."
         ) from error
     if sorted(written_by) != sorted(methods):
         raise ValueError(
@@ -285,7 +289,7 @@ def _refuse_clashes(methods: tuple[Method, ...]) -> None:
             for stage in first.replaces:
                 if stage in second.replaces:
                     raise TypeError(
-                        f"Methods '{first.name}' and '{second.name}' do not combine: both replace the stage '{stage}'. "
-                        f"Leave one of them out; what remains of '{first.name}' without it: {first.replaces[stage]}; "
+                        f"Methods '{first.name}' and '{second.name}' do not combine: both replace the stage "
+                        f"'{stage}'. Leave one of them out; what remains of '{first.name}' without it: {first.replaces[stage]}; "
                         f"of '{second.name}': {second.replaces[stage]}."
                     )

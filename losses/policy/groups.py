@@ -1,0 +1,48 @@
+"""Statistics over groups of completions that share a prompt, identified by group id."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from trl.trainer.utils import nanstd
+
+
+def by_group(values: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"]) -> Float[Tensor, "groups size"]:
+    """
+    Arrange `values` as one line per group, in order of group id, filled up with NaN where groups differ in size.
+
+    Args:
+        values (`torch.Tensor` of shape `(rows,)`):
+            One value per row.
+        group_ids (`torch.Tensor` of shape `(rows,)`):
+            Rows with the same id form a group; they need not be adjacent.
+    """
+    _, index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    order = torch.argsort(index, stable=True)
+    first = counts.cumsum(0) - counts
+    column = torch.arange(values.numel(), device=values.device) - first[index[order]]
+    grouped = values.new_full((counts.numel(), int(counts.max())), torch.nan)
+    grouped[index[order], column] = values[order]
+    return grouped
+
+
+def expand_groups(per_group: Float[Tensor, " groups"], group_ids: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Give every row the value of its group; `per_group` is in order of group id."""
+    return per_group[torch.unique(group_ids, return_inverse=True)[1]]
+
+
+def group_mean(values: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Mean of each row's group, ignoring NaN; NaN where the whole group is NaN."""
+    return expand_groups(torch.nanmean(by_group(values, group_ids), dim=1), group_ids)
+
+
+def group_std(values: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """Unbiased standard deviation of each row's group, ignoring NaN; 0 in groups of one row."""
+    grouped = by_group(values, group_ids)
+    std = nanstd(grouped, dim=1) if grouped.shape[1] > 1 else torch.zeros_like(grouped[:, 0])
+    return expand_groups(torch.where((~grouped.isnan()).sum(1) > 1, std, torch.zeros_like(std)), group_ids)
+
+
+def weighted_sum(rewards: Float[Tensor, "rows sources"], weights: Float[Tensor, " sources"]) -> Float[Tensor, " rows"]:
+    """Weighted sum of the rewards that apply to a row (those not NaN); NaN where none does."""
+    total = (rewards * weights).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
