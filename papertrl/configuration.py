@@ -182,6 +182,7 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
         return (_new_composed, (name, leaves), self.__dict__)
 
     namespace = {
+        "__module__": __name__,
         "__doc__": f"Config of a trainer composed of {', '.join(c.__name__ for c in leaves)}.",
         "__reduce_ex__": reduce_composed,
     }

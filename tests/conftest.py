@@ -34,3 +34,21 @@ def tiny_path(tmp_path_factory, tokenizer):
     tiny_model(tokenizer, hidden_size=32, num_layers=2, num_heads=2).save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def policy_path(tmp_path_factory, tokenizer):
+    """
+    Folder of a tiny causal LM for rollouts: its distribution is uneven, and letters end a completion.
+
+    A random model would hardly ever emit the one end token, and all of its completions would be truncated.
+    """
+    path = tmp_path_factory.mktemp("policy")
+    torch.manual_seed(0)
+    model = tiny_model(tokenizer, hidden_size=32, num_layers=2, num_heads=2)
+    model.get_output_embeddings().weight.data *= 4
+    letters = tokenizer.convert_tokens_to_ids(list("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLM"))
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *letters]
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)

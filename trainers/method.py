@@ -27,9 +27,9 @@ class Method:
             What the method does, in one line.
         extends (`tuple[str, ...]`):
             Stages that the method extends through `super()`. Any number of methods may extend a stage.
-        replaces (`dict[str, str]`):
-            Stages that the method decides alone, each with the setting that gives the stage up. At most one of the
-            methods combined in a trainer may replace a stage.
+        replaces (`dict[str, dict[str, Any]]`):
+            Stages that the method decides alone, each with the config values under which it leaves the stage to
+            others. At most one of the methods combined in a trainer may replace a stage.
         neutral (`dict[str, Any]`):
             Config values under which the trainer equals its TRL parent.
         signal (`str`):
@@ -41,7 +41,7 @@ class Method:
     name: str
     summary: str
     extends: tuple[str, ...] = ()
-    replaces: Mapping[str, str] = field(default_factory=dict)
+    replaces: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     neutral: Mapping[str, Any] = field(default_factory=dict)
     signal: str = ""
     columns: tuple[str, ...] = ()
@@ -51,8 +51,9 @@ class MethodTrainer:
     """
     Mixin of the family bases: adopts the config, combines methods, saves and restores their state, logs.
 
-    Subclasses combine by inheritance. `__init_subclass__` collects the methods in the class's bases, refuses two that
-    replace one stage, and merges configs, tags and citations unless the class body sets them.
+    Subclasses combine by inheritance. `__init_subclass__` collects the methods in the class's bases and merges
+    configs, tags and citations unless the class body sets them. The constructor refuses two methods that, under the
+    given config, replace one stage.
     """
 
     family: ClassVar[str]
@@ -72,7 +73,6 @@ class MethodTrainer:
                 raise TypeError(
                     f"Method '{m.name}' names stages {unknown}, but the {cls.family} stages are {cls.stages}."
                 )
-        _refuse_clashes(cls.methods)
         if len(owners) > 1:
             papers = [owner._paper for owner in owners]
             inherited = {
@@ -105,7 +105,36 @@ class MethodTrainer:
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = cls.config_class(f"{model_name.split('/')[-1]}-{cls.__name__.removesuffix('Trainer')}")
-        return cls.config_class.adopt(args)
+        args = cls.config_class.adopt(args)
+        cls.refuse_clashes(args)
+        return args
+
+    @classmethod
+    def refuse_clashes(cls, args: Any) -> None:
+        """
+        Check that no two methods of this class replace the same stage under the config `args`.
+
+        Raises:
+            `ValueError`: naming both methods, the stage, and the settings that resolve the clash.
+        """
+
+        def active(method: Method, stage: str) -> bool:
+            given_up = method.replaces[stage]
+            return not given_up or any(getattr(args, name) != value for name, value in given_up.items())
+
+        for i, first in enumerate(cls.methods):
+            for second in cls.methods[i + 1 :]:
+                for stage in first.replaces.keys() & second.replaces.keys():
+                    if active(first, stage) and active(second, stage):
+                        ways = " or ".join(
+                            f"{name}={value!r} ('{m.name}' then leaves the stage alone)"
+                            for m in (first, second)
+                            for name, value in m.replaces[stage].items()
+                        )
+                        raise ValueError(
+                            f"Methods '{first.name}' and '{second.name}' do not combine as they are: both replace the "
+                            f"stage '{stage}'. Leave one of them out{f', or set {ways}' if ways else ''}."
+                        )
 
     def check_columns(self, dataset: Any) -> None:
         """
@@ -258,7 +287,7 @@ def compose(*trainers: type, name: str | None = None) -> type:
             Name of the class. Defaults to the methods' names run together.
 
     Raises:
-        `TypeError`: if the trainers are of different families, one is listed twice, or two replace the same stage.
+        `TypeError`: if there are none, they are of different families, or one is listed twice.
 
     Example:
 
@@ -281,15 +310,3 @@ def compose(*trainers: type, name: str | None = None) -> type:
         suffix = trainers[0].trl_suffix
         name = "".join(t.__name__.removesuffix(suffix) for t in trainers) + suffix
     return type(name, trainers, {"__module__": __name__, "__doc__": f"Combination of {', '.join(families)}."})
-
-
-def _refuse_clashes(methods: tuple[Method, ...]) -> None:
-    for i, first in enumerate(methods):
-        for second in methods[i + 1 :]:
-            for stage in first.replaces:
-                if stage in second.replaces:
-                    raise TypeError(
-                        f"Methods '{first.name}' and '{second.name}' do not combine: both replace the stage "
-                        f"'{stage}'. Leave one of them out; what remains of '{first.name}' without it: {first.replaces[stage]}; "
-                        f"of '{second.name}': {second.replaces[stage]}."
-                    )

@@ -1,7 +1,7 @@
 """Statistics over groups of completions that share a prompt, identified by group id."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from trl.trainer.utils import nanstd
 
@@ -25,7 +25,7 @@ def by_group(values: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"]) ->
     return grouped
 
 
-def expand_groups(per_group: Float[Tensor, " groups"], group_ids: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+def expand_groups(per_group: Shaped[Tensor, " groups"], group_ids: Int[Tensor, " rows"]) -> Shaped[Tensor, " rows"]:
     """Give every row the value of its group; `per_group` is in order of group id."""
     return per_group[torch.unique(group_ids, return_inverse=True)[1]]
 
@@ -40,6 +40,14 @@ def group_std(values: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"]) -
     grouped = by_group(values, group_ids)
     std = nanstd(grouped, dim=1) if grouped.shape[1] > 1 else torch.zeros_like(grouped[:, 0])
     return expand_groups(torch.where((~grouped.isnan()).sum(1) > 1, std, torch.zeros_like(std)), group_ids)
+
+
+def group_varies(values: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"]) -> Bool[Tensor, " groups"]:
+    """Whether a group holds two different values; decided without rounding. NaN does not count as a value."""
+    grouped = by_group(values, group_ids)
+    low = torch.nan_to_num(grouped, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf).amin(1)
+    high = torch.nan_to_num(grouped, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).amax(1)
+    return high > low
 
 
 def weighted_sum(rewards: Float[Tensor, "rows sources"], weights: Float[Tensor, " sources"]) -> Float[Tensor, " rows"]:

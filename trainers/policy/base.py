@@ -314,6 +314,7 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
             truncated=facts[:, 1].bool(),
             usable=torch.ones_like(group_ids, dtype=torch.bool),
             local=slice(first, first + local_rows),
+            sampled_rewards=rewards,
         )
         scored.rewards = self.score(scored)
         scored.validate()
@@ -328,6 +329,7 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
         size, world = self._group_size, self.accelerator.num_processes
         total = scored.rewards.shape[0] // size
         kept, spare = _Pool(), _Pool()
+        sampled_rewards = scored.sampled_rewards
         round = 0
         while True:
             rows = gather_object(generation.rows())
@@ -348,6 +350,7 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
         missing = max(0, total - len(kept))
         self.log_metric("groups/refill_rounds", float(round - 1))
         self.log_metric("groups/unfilled_fraction", missing / total)
+        scored.sampled_rewards = sampled_rewards
         return kept.assemble(spare, total, size, self.accelerator.process_index, world, scored)
 
     def _dataset_rows(self, indices: list[int]) -> list[dict[str, Any]]:
@@ -466,6 +469,7 @@ class _Pool:
             group_ids=group_ids,
             usable=group_ids < filled,
             local=slice(rank * local, (rank + 1) * local),
+            sampled_rewards=like.sampled_rewards,
             **{name: torch.cat([score[name] for score in scores]) for name in self.NAMES},
         )
         return Generation.from_rows(rows[scored.local]), scored

@@ -195,7 +195,7 @@ class PolicyObjective(GRPOTrainer):
         if self._entropy_bonus_enabled:
             mask = record.loss_mask if stats.entropy_mask is None else record.loss_mask * stats.entropy_mask
             total, count = (stats.entropies * mask).sum(), mask.sum()
-            loss = loss - self._entropy_coefficient() * total / count.clamp(min=1.0) / steps
+            loss = loss - self._entropy_coefficient() * (total / count.clamp(min=1.0) / steps)
             self.log_metric("policy_loss", self.accelerator.gather(logged_loss).nanmean())
             if self.use_adaptive_entropy and self.model.training:
                 self._control_entropy(torch.stack([total, count]).detach())

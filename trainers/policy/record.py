@@ -125,6 +125,9 @@ class ScoredBatch:
             False on rows that fill a place after every refill failed: their advantage is 0.
         local (`slice`):
             This rank's rows.
+        sampled_rewards (`torch.Tensor` of shape `(sampled, sources)`, float32):
+            What the reward functions returned for the prompts as they were chosen: before the score stage, and before
+            groups were filtered and refilled. Feedback on the choice of prompts reads these.
         advantages (`torch.Tensor` of shape `(rows,)`, float32, *optional*):
             Set after the advantage stages.
     """
@@ -137,6 +140,7 @@ class ScoredBatch:
     truncated: torch.Tensor
     usable: torch.Tensor
     local: slice
+    sampled_rewards: torch.Tensor
     advantages: torch.Tensor | None = None
 
     def validate(self) -> None:

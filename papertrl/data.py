@@ -1,0 +1,173 @@
+"""Training data of a job: a task's problems or a dataset, with the columns that the trainer's family needs."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+
+from .arguments import JobArguments
+from .errors import JobError
+from .tasks import Task, load_task
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+COLUMNS = {
+    "policy": [("prompt",)],
+    "preference": [("chosen", "rejected")],
+    "supervised": [("text",), ("messages",), ("prompt", "completion"), ("input_ids",)],
+}
+
+
+@dataclass
+class JobData:
+    """
+    What a job trains and is judged on.
+
+    Args:
+        train (`Dataset` or `IterableDataset`):
+            Training rows, as the trainer takes them.
+        eval (`Dataset`, *optional*):
+            Held-out rows in the same format.
+        problems (`Dataset`, *optional*):
+            Held-out prompts with what the judges read; `None` where nothing can be judged.
+        judges (`list` of `Callable`):
+            Reward functions that judge completions of `problems`.
+        measure (`str`):
+            What the judges' mean is called.
+    """
+
+    train: Dataset | IterableDataset
+    eval: Dataset | None
+    problems: Dataset | None
+    judges: list[Callable]
+    measure: str
+    max_new_tokens: int | None = None
+
+
+def task_of(arguments: JobArguments) -> Task | None:
+    """The job's task, or `None` if it trains on a dataset."""
+    if arguments.dataset_name is None:
+        return load_task(arguments.task or "addition", **arguments.task_kwargs)
+    if arguments.task is not None:
+        raise JobError(f"Both `task` '{arguments.task}' and `dataset_name` '{arguments.dataset_name}' are set; drop one.")
+    return None
+
+
+def task_data(task: Task, family: str, arguments: JobArguments, seed: int, chat: bool) -> JobData:
+    """
+    Draw a task's problems, in the view of `family`.
+
+    Args:
+        chat (`bool`):
+            Whether the model has a chat template, for which prompts and answers become messages.
+    """
+    if arguments.task_size < 1:
+        raise JobError(f"`task_size` must be at least 1, got {arguments.task_size}: the training set would be empty.")
+    train, test = task.splits(arguments.task_size, arguments.held_out_prompts, seed)
+    view = {"policy": lambda d: d, "preference": task.preference, "supervised": task.supervised}[family]
+    problems = test if len(test) else None
+    data = JobData(view(train), view(test) if problems else None, problems, [task.reward], "accuracy", task.max_new_tokens)
+    if chat:
+        data.train, data.eval, data.problems = (d and as_messages(d) for d in (data.train, data.eval, data.problems))
+    return data
+
+
+def as_messages(dataset: Dataset) -> Dataset:
+    """The dataset with text in `prompt`, `completion`, `chosen` and `rejected` turned into messages."""
+    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    present = {name: role for name, role in roles.items() if name in dataset.column_names}
+    return dataset.map(lambda row: {name: [{"role": role, "content": row[name]}] for name, role in present.items()})
+
+
+def dataset_data(family: str, arguments: JobArguments, judges: list[Callable]) -> JobData:
+    """
+    Load the job's dataset and check its columns.
+
+    Raises:
+        [`JobError`]: if it cannot be loaded, is empty, or lacks a split or column; the message names what is there.
+    """
+    dataset = _load(arguments)
+    if arguments.dataset_train_split not in dataset:
+        raise JobError(
+            f"Dataset '{arguments.dataset_name}' has no split '{arguments.dataset_train_split}'; it has "
+            f"{sorted(dataset)}. Set `--dataset_train_split`."
+        )
+    train = dataset[arguments.dataset_train_split]
+    test = dataset.get(arguments.dataset_test_split)
+    check_columns(arguments.dataset_name, train, family)
+    problems = None
+    if family == "policy" and isinstance(test, Dataset) and arguments.held_out_prompts and judges:
+        problems = test.select(range(min(len(test), arguments.held_out_prompts)))
+    return JobData(train, test, problems, judges, "reward")
+
+
+def check_columns(name: str, dataset: Dataset | IterableDataset, family: str) -> None:
+    """
+    Check that a dataset has rows, and the columns that trainers of `family` read.
+
+    Raises:
+        [`JobError`]: naming the missing column and those present.
+    """
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise JobError(f"Dataset '{name}' is empty: its training split has no rows. Check the file or the split.")
+    present = dataset.column_names
+    if present is None:
+        present = list(next(iter(dataset)))
+    wanted = COLUMNS[family]
+    if any(set(columns) <= set(present) for columns in wanted):
+        return
+    texts = [" and ".join(f"`{column}`" for column in columns) for columns in wanted]
+    raise JobError(
+        f"Dataset '{name}' lacks the column {', or '.join(texts)}, which {family} methods need; its columns are "
+        f"{sorted(present)}. Rename the column that holds it."
+    )
+
+
+def check_reward_columns(judges: list[Callable], train: Dataset | IterableDataset, name: str) -> None:
+    """
+    Check that the dataset has the columns that reward functions read, going by their required parameters.
+
+    Raises:
+        [`JobError`]: naming the reward, the missing column and those present.
+    """
+    present = set(train.column_names or next(iter(train)))
+    for judge in judges:
+        parameters = inspect.signature(judge).parameters.values()
+        required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        for column in required:
+            if column not in present | GIVEN_TO_REWARDS:
+                raise JobError(
+                    f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its columns "
+                    f"are {sorted(present)}. Rename the column that holds it, or choose another `--reward_funcs`."
+                )
+
+
+def _load(arguments: JobArguments) -> DatasetDict | IterableDatasetDict:
+    name = arguments.dataset_name
+    path = Path(name)
+    try:
+        if path.suffix in FILE_FORMATS:
+            if not path.is_file():
+                raise JobError(f"`dataset_name`: there is no file '{name}'.")
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return load_dataset(
+                FILE_FORMATS[path.suffix],
+                data_files={arguments.dataset_train_split: str(path)},
+                streaming=arguments.dataset_streaming,
+                **options,
+            )
+        if path.is_dir() and (path / "dataset_dict.json").exists():
+            return DatasetDict.load_from_disk(str(path))
+        if path.is_dir() and (path / "state.json").exists():
+            return DatasetDict({arguments.dataset_train_split: Dataset.load_from_disk(str(path))})
+        return load_dataset(name, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
+    except JobError:
+        raise
+    except Exception as error:
+        detail = " ".join(str(error).split())[:300]
+        raise JobError(
+            f"Dataset '{name}' cannot be loaded ({type(error).__name__}: {detail}). Give a Hub id that is reachable, a "
+            "local folder, or a .json, .jsonl, .csv, .tsv or .parquet file; an empty file holds no rows to train on."
+        ) from error

@@ -1,0 +1,34 @@
+"""Errors for the person at the command line: what is wrong and what to do, in one paragraph."""
+
+
+class JobError(Exception):
+    """Something about the input, the machine or the run that its user can put right."""
+
+    exit_code = 1
+
+
+class UsageError(JobError):
+    """The command line or the config file asks for something that does not exist or does not fit together."""
+
+    exit_code = 2
+
+
+class Interrupted(JobError):
+    """The run was stopped by a signal; the exit code is the shell's usual 128 plus the signal's number."""
+
+    def __init__(self, signum: int, message: str):
+        super().__init__(message)
+        self.exit_code = 128 + signum
+
+
+def paragraph(error: BaseException) -> str:
+    """
+    An error as one paragraph.
+
+    A `ValueError` or `TypeError` speaks for itself, as do the errors of this module; others are introduced by their
+    type, because their text alone rarely names the cause.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, (JobError, ValueError, TypeError)) and text:
+        return text
+    return f"{type(error).__name__}: {text or 'no message'} (run again with `--debug` for the traceback)"

@@ -1,0 +1,62 @@
+"""Reward functions by name: ours, TRL's, or a dotted path to anyone's."""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Callable
+
+from .matching import exact_match, last_number_match
+
+OURS: dict[str, Callable] = {"exact_match": exact_match, "last_number_match": last_number_match}
+FROM_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
+
+
+def load_reward(name: str, max_completion_length: int) -> Callable:
+    """
+    Reward function of the given name.
+
+    Args:
+        name (`str`):
+            A name of this library (`exact_match`, `last_number_match`), one of TRL's, or a dotted path
+            `package.module.function`; modules of the working directory are found.
+        max_completion_length (`int`):
+            Length from which `get_soft_overlong_punishment` punishes in full; it starts at four fifths of it.
+
+    Raises:
+        `ValueError`: if there is no such function; the message lists what exists.
+    """
+    if name in OURS:
+        return OURS[name]
+    if name in FROM_TRL:
+        from trl import rewards
+
+        function = getattr(rewards, name)
+        if name == "get_soft_overlong_punishment":
+            function = function(max_completion_length, max(1, max_completion_length // 5))
+        return function
+    if "." not in name:
+        known = [*OURS, *FROM_TRL]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"Did you mean '{near[0]}'? " if near else ""
+        raise ValueError(
+            f"`--reward_funcs`: unknown reward '{name}'. {hint}Rewards are: {', '.join(known)}, or a dotted path "
+            "`package.module.function`."
+        )
+    return _import(name)
+
+
+def _import(path: str) -> Callable:
+    module_name, function_name = path.rsplit(".", 1)
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"`--reward_funcs`: '{path}' cannot be imported ({error}). Give `package.module.function`, importable from "
+            f"'{os.getcwd()}' or from an installed package."
+        ) from error
+    if not callable(function):
+        raise ValueError(f"`--reward_funcs`: '{path}' is a {type(function).__name__}, not a function.")
+    return function

@@ -1,0 +1,100 @@
+"""One table over the catalogue: how to run each family, and settings under which each method acts."""
+
+from typing import Any
+
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from papertrl.catalogue import METHODS
+
+PARENTS = {
+    "policy": (GRPOTrainer, GRPOConfig),
+    "preference": (DPOTrainer, DPOConfig),
+    "supervised": (SFTTrainer, SFTConfig),
+}
+
+COMMON = {
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 2,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "save_strategy": "no",
+    "seed": 3,
+}
+FAMILY = {
+    "policy": {"num_generations": 4, "max_completion_length": 8, "check_records": True},
+    "preference": {"max_length": 32},
+    "supervised": {"max_length": 32},
+}
+
+# Settings under which the mechanism acts on the tiny model of the tests
+ACTIVE: dict[str, dict[str, Any]] = {
+    "lp_reg": {"lp_reg_kappa": 0.2, "lp_reg_rho": 0.6},
+    "d3s": {},
+    "lite_ppo": {"num_generations": 4},
+    "dler": {"truncation_length": 3, "max_resample_batches": 2},
+    "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
+    "ln_dpo": {},
+    "rpo": {},
+    "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
+    "asft": {},
+}
+
+
+def digit_parity(completions, **kwargs):
+    """Reward 1 for an even number of digits: varied, and exact for any text."""
+    return [float(sum(c.isdigit() for c in text) % 2 == 0) for text in completions]
+
+
+def dataset(family: str) -> Dataset:
+    numbers = range(16)
+    prompts = [f"{i}+{i + 1}=" for i in numbers]
+    if family == "policy":
+        return Dataset.from_dict({"prompt": prompts})
+    if family == "preference":
+        return Dataset.from_dict(
+            {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
+        )
+    return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]})
+
+
+def settings(family: str, output_dir, **values) -> dict[str, Any]:
+    ours = {k: v for k, v in FAMILY[family].items() if k != "check_records"}
+    return {"output_dir": str(output_dir), "max_steps": 3} | COMMON | ours | values
+
+
+def build(trainer_class: type, family: str, model: str, args, **kwargs):
+    positional = {"policy": [[digit_parity]], "preference": [None], "supervised": []}[family]
+    return trainer_class(model, *positional, args, train_dataset=kwargs.pop("data", dataset(family)), **kwargs)
+
+
+def active_config(trainer_class: type, names: list[str], output_dir, **values):
+    merged = {key: value for name in names for key, value in ACTIVE[name].items()}
+    family = trainer_class.family
+    extra = {"check_records": True} if family == "policy" else {}
+    return trainer_class.config_class(**settings(family, output_dir, **(merged | extra | values)))
+
+
+def model_path(family: str, request) -> str:
+    return request.getfixturevalue("policy_path" if family == "policy" else "tiny_path")
+
+
+def weights(trainer) -> dict[str, Any]:
+    return {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+
+
+def history(trainer) -> list[dict[str, float]]:
+    """Logged values without those that measure time."""
+    timed = ("time", "runtime", "per_second", "flos")
+    return [
+        {k: v for k, v in entry.items() if not any(part in k for part in timed)} for entry in trainer.state.log_history
+    ]
+
+
+def methods_of(family: str) -> list[str]:
+    return [name for name, f in METHODS.items() if f == family]

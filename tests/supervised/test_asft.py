@@ -1,0 +1,487 @@
+import doctest
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from papertrl.losses.divergence import LazyLogits, token_kl
+from papertrl.losses.supervised.asft import dft_weight
+from papertrl.trainers.statistics import backbone
+from papertrl.trainers.supervised.reference import as_reference
+from peft import LoraConfig, get_peft_model
+from trl import SFTConfig, SFTTrainer
+
+from papertrl import AsftSFTConfig, AsftSFTTrainer
+
+from .helpers import (
+    assert_close,
+    assert_equal,
+    first_batch,
+    history,
+    loss_and_gradients,
+    make,
+    sums,
+    tiny_llama,
+    tiny_mixtral,
+    weights,
+)
+
+LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+NEUTRAL = {"anchor_coef": 0.0, "dft_weight_power": 0.0}
+
+
+def asft(tokenizer, folder, trainer_class=AsftSFTTrainer, **options):
+    return make(trainer_class, AsftSFTConfig, tokenizer, folder, **options)
+
+
+def drift(trainer, scale=0.3):
+    """Move the trained weights away from the initial ones, as training would."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in trainer.model.parameters():
+            if weight.requires_grad:
+                weight.add_(scale * torch.randn(weight.shape, generator=generator) * weight.std().clamp(min=0.02))
+
+
+def all_logits(model, batch):
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    return model.eval()(**inputs).logits
+
+
+# --- Oracles in plain loops ---------------------------------------------------------------------------------------
+
+
+def softmax(logits):
+    shifted = [math.exp(x - max(logits)) for x in logits]
+    return [x / sum(shifted) for x in shifted]
+
+
+def kl(p, q):
+    return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+def asft_oracle(policy, reference, labels, anchor_coef, reverse, power):
+    """Sum of the objective over label tokens, their number, and the sum of the divergence."""
+    total, count, divergence = 0.0, 0, 0.0
+    for row in range(labels.shape[0]):
+        for t in range(labels.shape[1] - 1):
+            label = labels[row, t + 1].item()
+            if label == -100:
+                continue
+            p, q = softmax(policy[row, t].tolist()), softmax(reference[row, t].tolist())
+            k = kl(p, q) if reverse else kl(q, p)
+            total += -(p[label] ** power) * math.log(p[label]) + anchor_coef * k
+            count, divergence = count + 1, divergence + k
+    return total, count, divergence
+
+
+# --- Pure functions -----------------------------------------------------------------------------------------------
+
+
+@st.composite
+def models_and_masks(draw):
+    batch, time, hidden, vocab = (draw(st.integers(1, n)) for n in (3, 5, 4, 7))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+    head = {
+        "logit_scale": draw(st.sampled_from([1.0, 0.5])),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+    }
+    biased = draw(st.booleans())
+
+    def logits():
+        return LazyLogits(
+            torch.randn(batch, time, hidden, generator=generator),
+            torch.randn(vocab, hidden, generator=generator),
+            torch.randn(vocab, generator=generator) if biased else None,
+            **head,
+        )
+
+    mask = torch.rand(batch, time, generator=generator) < draw(st.sampled_from([0.0, 0.5, 1.0]))
+    return logits(), logits(), mask
+
+
+def materialize(lazy):
+    logits = torch.nn.functional.linear(lazy.hidden, lazy.weight, lazy.bias) * lazy.logit_scale
+    return logits if lazy.softcap is None else lazy.softcap * torch.tanh(logits / lazy.softcap)
+
+
+class TestTokenKl:
+    @given(models_and_masks(), st.booleans())
+    def test_oracle(self, drawn, reverse):
+        policy, reference, mask = drawn
+        found = token_kl(policy, reference, mask, reverse)
+        p_logits, q_logits = materialize(policy), materialize(reference)
+        for row in range(mask.shape[0]):
+            for t in range(mask.shape[1]):
+                p, q = softmax(p_logits[row, t].tolist()), softmax(q_logits[row, t].tolist())
+                expected = (kl(p, q) if reverse else kl(q, p)) if mask[row, t] else 0.0
+                assert found[row, t].item() == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+    @given(models_and_masks(), st.booleans())
+    def test_gradient(self, drawn, reverse):
+        policy, reference, mask = drawn
+        leaves = [x for x in (policy.hidden, policy.weight, policy.bias) if x is not None]
+        frozen = [reference.hidden, reference.weight]
+        for leaf in (*leaves, *frozen):
+            leaf.requires_grad_()
+        upstream = torch.linspace(-1, 1, mask.numel()).view(mask.shape)
+        found = torch.autograd.grad((token_kl(policy, reference, mask, reverse) * upstream).sum(), leaves)
+        log_p, log_q = materialize(policy).log_softmax(-1), materialize(reference).detach().log_softmax(-1)
+        per_token = (log_p.exp() * (log_p - log_q) if reverse else log_q.exp() * (log_q - log_p)).sum(-1)
+        expected = torch.autograd.grad((per_token * upstream * mask).sum(), leaves)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+        token_kl(policy, reference, mask, reverse).sum().backward()
+        assert all(leaf.grad is None for leaf in frozen)
+
+    def test_masked_positions_cannot_leak(self):
+        torch.manual_seed(0)
+        head = torch.randn(5, 4)
+        hidden, mask = torch.randn(2, 3, 4), torch.tensor([[True, False, True], [False, False, True]])
+        spoiled = hidden.masked_fill(~mask.unsqueeze(-1), math.nan)
+        reference = LazyLogits(torch.randn(2, 3, 4), head)
+        clean = token_kl(LazyLogits(hidden, head), reference, mask)
+        assert torch.equal(token_kl(LazyLogits(spoiled, head), reference, mask), clean)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_same_model(self, reverse):
+        torch.manual_seed(0)
+        logits = LazyLogits(torch.randn(2, 3, 4, requires_grad=True), torch.randn(5, 4))
+        divergence = token_kl(logits, logits, torch.ones(2, 3, dtype=torch.bool), reverse)
+        divergence.sum().backward()
+        assert torch.equal(divergence, torch.zeros(2, 3))
+        torch.testing.assert_close(logits.hidden.grad, torch.zeros(2, 3, 4), rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize("reverse", [False, True])
+    def test_extreme_logits_are_finite(self, reverse):
+        hidden = torch.tensor([[[1e3, -1e3], [-1e3, 1e3]]], requires_grad=True)
+        policy, reference = LazyLogits(hidden, torch.eye(2)), LazyLogits(-hidden.detach(), torch.eye(2))
+        divergence = token_kl(policy, reference, torch.ones(1, 2, dtype=torch.bool), reverse)
+        divergence.sum().backward()
+        assert torch.isfinite(divergence).all() and torch.isfinite(hidden.grad).all()
+
+
+class TestDftWeight:
+    @given(st.lists(st.floats(-50, 0), min_size=1, max_size=6), st.floats(0, 3))
+    def test_oracle(self, log_probs, power):
+        found = dft_weight(torch.tensor([log_probs], requires_grad=True), power)
+        assert not found.requires_grad
+        np.testing.assert_allclose(found[0], [math.exp(x) ** power for x in log_probs], rtol=1e-4, atol=1e-30)
+
+    def test_gradient_is_that_of_the_probability(self):
+        logits = torch.randn(3, 4, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        labels = torch.arange(12).view(3, 4) % 7
+        log_probs = logits.log_softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1)
+        (found,) = torch.autograd.grad(-(dft_weight(log_probs, 1.0) * log_probs).sum(), logits, retain_graph=True)
+        (expected,) = torch.autograd.grad(-log_probs.exp().sum(), logits)
+        torch.testing.assert_close(found, expected)
+
+    def test_impossible_label_is_finite(self):
+        log_probs = torch.tensor([[-1e4]])
+        assert torch.equal(dft_weight(log_probs, 1.0) * log_probs, torch.zeros(1, 1))
+
+
+# --- Through the trainer ------------------------------------------------------------------------------------------
+
+
+class TestObjective:
+    @pytest.mark.parametrize("anchor_coef", [0.0, 0.3])
+    @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    def test_oracle(self, anchor_coef, power, direction, tokenizer, tmp_path):
+        fields = {"anchor_coef": anchor_coef, "dft_weight_power": power, "anchor_direction": direction}
+        trainer = asft(tokenizer, tmp_path, **fields)
+        drift(trainer)
+        batch = first_batch(trainer)
+        policy = all_logits(trainer.model, batch).detach()
+        reference = all_logits(tiny_llama(tokenizer), batch).detach()
+        reverse = direction == "reverse"
+        total, count, divergence = asft_oracle(policy, reference, batch["labels"], anchor_coef, reverse, power)
+        loss, _ = loss_and_gradients(trainer, num_items_in_batch=29)
+        assert loss.item() == pytest.approx(total / 29, rel=1e-4)
+        if anchor_coef:
+            assert divergence / count > 0.05
+            logged = trainer._metrics["train"]["asft/kl_to_ref"][0].item()
+            assert logged == pytest.approx(divergence / count, rel=1e-3)
+
+    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    def test_gradient(self, direction, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path, anchor_coef=0.3, anchor_direction=direction)
+        drift(trainer)
+        batch = first_batch(trainer)
+        _, found = loss_and_gradients(trainer, num_items_in_batch=29)
+
+        trainer.model.zero_grad()
+        log_p = all_logits(trainer.model, batch)[:, :-1].log_softmax(-1)
+        log_q = all_logits(tiny_llama(tokenizer), batch)[:, :-1].log_softmax(-1).detach()
+        labels = batch["labels"][:, 1:]
+        mask = labels != -100
+        probs = log_p.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1).exp()
+        anchor = (log_p.exp() * (log_p - log_q) if direction == "reverse" else log_q.exp() * (log_q - log_p)).sum(-1)
+        # −p has the gradient of −sg(p) log p
+        ((-probs + 0.3 * anchor) * mask).sum().div(29).backward()
+        expected = {n: p.grad for n, p in trainer.model.named_parameters() if p.grad is not None}
+        assert_close(found, expected, rtol=1e-3, atol=1e-6)
+
+    def test_is_dft_without_anchor(self, tokenizer, tmp_path):
+        ours = asft(tokenizer, tmp_path, anchor_coef=0.0)
+        theirs = make(SFTTrainer, SFTConfig, tokenizer, tmp_path, loss_type="dft")
+        ours.train()
+        theirs.train()
+        assert_equal(weights(ours), weights(theirs))
+
+    def test_metrics(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path)
+        drift(trainer, scale=2.0)
+        batch = first_batch(trainer)
+        logits = all_logits(trainer.model, batch).detach()
+        probs = [
+            softmax(logits[row, t].tolist())[batch["labels"][row, t + 1]]
+            for row in range(logits.shape[0])
+            for t in range(logits.shape[1] - 1)
+            if batch["labels"][row, t + 1] != -100
+        ]
+        loss_and_gradients(trainer)
+        logged = {name: float(values[0]) for name, values in trainer._metrics["train"].items()}
+        assert logged["asft/label_prob"] == pytest.approx(np.mean(probs), rel=1e-3)
+        assert logged["asft/ignored_fraction"] == pytest.approx(np.mean([p < 0.01 for p in probs]), rel=1e-5)
+        assert 0 < logged["asft/ignored_fraction"] < 1
+        assert logged["loss/token"] == pytest.approx(np.mean([-p * math.log(p) for p in probs]), rel=1e-3)
+        assert logged["loss/anchor"] == logged["asft/kl_to_ref"] > 0
+
+    def test_padding_cannot_leak(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path)
+        drift(trainer)
+        batch = first_batch(trainer)
+        padded = batch["attention_mask"] == 0
+        assert padded.any()
+        clean = trainer.compute_loss(trainer.model, dict(batch))
+        spoiled = batch | {"input_ids": batch["input_ids"].masked_fill(padded, 17)}
+        assert torch.equal(trainer.compute_loss(trainer.model, spoiled), clean)
+
+    def test_batch_without_labels(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path)
+        batch = first_batch(trainer)
+        loss = trainer.compute_loss(trainer.model, batch | {"labels": torch.full_like(batch["labels"], -100)})
+        loss.backward()
+        assert loss.item() == 0.0
+        assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in trainer.model.parameters())
+
+
+class Recording(AsftSFTTrainer):
+    values = None
+
+    def per_token_loss(self, record):
+        values = super().per_token_loss(record)
+        self.values = values.detach()[record.label_mask]
+        return values
+
+
+class TestReference:
+    def passes(self, trainer):
+        """Forward passes during training: of which model, whether with gradient, whether in training mode."""
+        seen = []
+        models = [trainer.model] if trainer.ref_model is None else [trainer.model, trainer.ref_model]
+        for model in models:
+            backbone(model).register_forward_hook(
+                lambda module, *_, model=model: seen.append((model, torch.is_grad_enabled(), module.training))
+            )
+        trainer.train()
+        return seen
+
+    def test_passes(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path, max_steps=2)
+        assert self.passes(trainer) == 2 * [(trainer.ref_model, False, False), (trainer.model, True, True)]
+
+    @pytest.mark.parametrize("power", [0.0, 1.0])
+    def test_none_without_anchor(self, power, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path, max_steps=2, anchor_coef=0.0, dft_weight_power=power)
+        assert trainer.ref_model is None
+        assert self.passes(trainer) == 2 * [(trainer.model, True, True)]
+        assert "asft/kl_to_ref" not in history(trainer)[0]
+
+    def test_lora_switches_the_adapter_off(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path, max_steps=2, trainer_kwargs={"peft_config": LORA})
+        assert trainer.ref_model is None
+        assert self.passes(trainer) == 2 * [(trainer.model, False, False), (trainer.model, True, True)]
+
+    def test_stays_the_initial_model(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path)
+        trainer.train()
+        initial = dict(tiny_llama(tokenizer).named_parameters())
+        assert_equal({n: p.detach() for n, p in trainer.ref_model.named_parameters()}, initial)
+        assert any(not torch.equal(p, initial[n]) for n, p in weights(trainer).items())
+        logged = [entry["asft/kl_to_ref"] for entry in history(trainer) if "asft/kl_to_ref" in entry]
+        assert logged[0] == 0.0 and min(logged[1:]) > 0
+
+    def test_lora_oracle_with_dropout(self, tokenizer, tmp_path):
+        model = tiny_llama(tokenizer, attention_dropout=0.5)
+        trainer = asft(tokenizer, tmp_path, model=model, trainer_kwargs={"peft_config": LORA})
+        trainable = [n for n, p in trainer.model.named_parameters() if p.requires_grad]
+        drift(trainer, scale=3.0)
+        batch = first_batch(trainer)
+        trainer.model.train()
+        trainer.compute_loss(trainer.model, dict(batch)).backward()
+        assert [n for n, p in trainer.model.named_parameters() if p.requires_grad] == trainable
+        assert all(p.grad is not None for p in trainer.model.parameters() if p.requires_grad)
+        assert trainer.model.training and all(module.training for module in trainer.model.modules())
+        with as_reference(trainer.model, trainer.model) as reference:
+            found = reference(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        assert torch.equal(found, all_logits(tiny_llama(tokenizer), batch))
+
+    def test_given_adapter_is_the_reference(self, tokenizer, tmp_path):
+        torch.manual_seed(0)
+        model = get_peft_model(tiny_llama(tokenizer), LORA)
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_()
+        trainer = asft(tokenizer, tmp_path, model=model)
+        assert {n.split(".")[-2] for n, p in trainer.model.named_parameters() if p.requires_grad} == {"default"}
+        trainer.train()
+        logged = [entry["asft/kl_to_ref"] for entry in history(trainer) if "asft/kl_to_ref" in entry]
+        assert logged[0] == 0.0 and min(logged[1:]) > 0
+        frozen = {n: p for n, p in trainer.model.named_parameters() if ".ref." in n}
+        trained = weights(trainer)
+        assert frozen and all(not p.requires_grad for p in frozen.values())
+        assert any(not torch.equal(p, trained[n.replace(".ref.", ".default.")]) for n, p in frozen.items())
+
+    def test_prompt_learning_is_refused(self, tokenizer, tmp_path):
+        from peft import PromptTuningConfig
+
+        config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        with pytest.raises(ValueError, match=r"PromptTuningConfig.*'asft'"):
+            asft(tokenizer, tmp_path, trainer_kwargs={"peft_config": config})
+        asft(tokenizer, tmp_path, anchor_coef=0.0, trainer_kwargs={"peft_config": config}).train()
+
+
+class TestOptions:
+    @pytest.mark.parametrize("direction", ["forward", "reverse"])
+    def test_padding_free_equals_padded(self, direction, tokenizer, tmp_path):
+        padded = asft(tokenizer, tmp_path, Recording, anchor_coef=0.5, anchor_direction=direction)
+        flat_options = {"padding_free": True, "max_length": None}
+        flat = asft(tokenizer, tmp_path, Recording, anchor_coef=0.5, anchor_direction=direction, **flat_options)
+        for trainer in (padded, flat):
+            drift(trainer)
+        loss, gradients = loss_and_gradients(padded)
+        flat_loss, flat_gradients = loss_and_gradients(flat)
+        torch.testing.assert_close(flat.values, padded.values, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(flat_loss, loss, rtol=1e-5, atol=1e-6)
+        assert_close(flat_gradients, gradients, rtol=1e-3, atol=1e-6)
+
+    def test_packing_equals_unpacked(self, tokenizer, tmp_path):
+        unpacked = asft(tokenizer, tmp_path, Recording, data=sums(4), anchor_coef=0.5)
+        packed = asft(tokenizer, tmp_path, Recording, data=sums(4), anchor_coef=0.5, packing=True, max_length=64)
+        for trainer in (unpacked, packed):
+            drift(trainer)
+        assert len(packed.train_dataset) == 1
+        _, gradients = loss_and_gradients(unpacked)
+        _, found = loss_and_gradients(packed)
+        torch.testing.assert_close(packed.values.sort()[0], unpacked.values.sort()[0], rtol=1e-4, atol=1e-6)
+        assert_close(found, gradients, rtol=1e-3, atol=1e-6)
+
+    def test_accumulation_equals_one_batch(self, tokenizer, tmp_path):
+        options = {"optim": "sgd", "learning_rate": 0.5, "anchor_coef": 0.5}
+        whole = asft(tokenizer, tmp_path, per_device_train_batch_size=8, **options)
+        split = asft(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
+        whole.train()
+        split.train()
+        assert_close(weights(split), weights(whole), rtol=1e-4, atol=1e-6)
+
+    def test_bf16(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path, bf16=True)
+        trainer.train()
+        logged = [entry for entry in history(trainer) if "asft/kl_to_ref" in entry]
+        assert logged[0]["asft/kl_to_ref"] == 0.0 and logged[2]["asft/kl_to_ref"] > 0
+        assert all(math.isfinite(value) for entry in logged for value in entry.values())
+
+    def test_moe(self, tokenizer, tmp_path):
+        trainer = asft(tokenizer, tmp_path, model=tiny_mixtral(tokenizer))
+        trainer.train()
+        logged = history(trainer)[1]
+        total = logged["loss/token"] + 0.1 * logged["loss/anchor"] + 0.1 * logged["aux_loss"]
+        assert logged["loss"] == pytest.approx(total, rel=1e-3)
+        assert logged["aux_loss"] > 0 and logged["loss/anchor"] > 0
+
+    def test_iterable_dataset(self, tokenizer, tmp_path):
+        listed = asft(tokenizer, tmp_path, dataloader_num_workers=0, train_sampling_strategy="sequential")
+        streamed = asft(tokenizer, tmp_path, data=sums().to_iterable_dataset())
+        listed.train()
+        streamed.train()
+        assert_equal(weights(streamed), weights(listed))
+
+    def test_evaluation(self, tokenizer, tmp_path):
+        options = {"eval_strategy": "steps", "eval_steps": 1, "trainer_kwargs": {"eval_dataset": sums(5)}}
+        plain, evaluated = asft(tokenizer, tmp_path), asft(tokenizer, tmp_path, **options)
+        plain.train()
+        evaluated.train()
+        assert_equal(weights(evaluated), weights(plain))
+        logged = [entry for entry in history(evaluated) if "eval_loss" in entry]
+        assert len(logged) == 3
+        for entry in logged:
+            total = entry["eval_loss/token"] + 0.1 * entry["eval_loss/anchor"]
+            assert entry["eval_loss"] == pytest.approx(total, rel=1e-4)
+        assert logged[-1]["eval_asft/kl_to_ref"] > 0
+
+    @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+    def test_resume(self, peft_config, tokenizer, tmp_path):
+        options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "anchor_coef": 0.5}
+        options["trainer_kwargs"] = {"peft_config": peft_config}
+        whole, resumed = (asft(tokenizer, tmp_path, **options) for _ in range(2))
+        whole.train()
+        resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+        assert_equal(weights(resumed), weights(whole))
+        assert history(resumed)[:5] == history(whole)[:5]
+        assert history(resumed)[4]["asft/kl_to_ref"] > 0
+
+    @pytest.mark.parametrize("option", [{}, {"loss_type": "dft"}, {"gradient_accumulation_steps": 2}])
+    def test_neutral_equals_trl(self, option, tokenizer, tmp_path):
+        ours = asft(tokenizer, tmp_path, **NEUTRAL, **option)
+        theirs = make(SFTTrainer, SFTConfig, tokenizer, tmp_path, **option)
+        (loss, gradients), (found_loss, found) = loss_and_gradients(theirs), loss_and_gradients(ours)
+        assert torch.equal(found_loss, loss)
+        assert_equal(found, gradients)
+        ours, theirs = (
+            asft(tokenizer, tmp_path, **NEUTRAL, **option),
+            make(SFTTrainer, SFTConfig, tokenizer, tmp_path, **option),
+        )
+        ours.train()
+        theirs.train()
+        assert_equal(weights(ours), weights(theirs))
+        assert history(ours) == history(theirs)
+
+
+class TestConfig:
+    @pytest.mark.parametrize(
+        ("field", "value"),
+        [
+            ("anchor_coef", -0.1),
+            ("anchor_coef", math.inf),
+            ("anchor_coef", math.nan),
+            ("anchor_direction", "both"),
+            ("dft_weight_power", -1.0),
+            ("dft_weight_power", None),
+        ],
+    )
+    def test_bad_value(self, field, value, tmp_path):
+        with pytest.raises(ValueError, match=f"`{field}` must be .*got {value!r}"):
+            AsftSFTConfig(output_dir=str(tmp_path), use_cpu=True, **{field: value})
+
+    def test_double_weight(self, tmp_path):
+        with pytest.raises(ValueError, match=r"`loss_type='dft'` and `dft_weight_power=1\.0`"):
+            AsftSFTConfig(output_dir=str(tmp_path), use_cpu=True, loss_type="dft")
+
+    def test_defaults_are_the_papers(self, tmp_path):
+        args = AsftSFTConfig(output_dir=str(tmp_path), use_cpu=True)
+        assert (args.anchor_coef, args.anchor_direction, args.dft_weight_power) == (0.1, "forward", 1.0)
+        assert args.learning_rate == 2e-5
+
+    def test_docstring_example(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        examples = doctest.DocTestParser().get_examples(AsftSFTTrainer.__doc__)
+        names = {}
+        for example in examples:
+            exec(example.source, names)
+        assert names["trainer"].state.global_step == 2

@@ -1,0 +1,385 @@
+"""The preference family's base: `DPOTrainer`, opened into stages that methods override."""
+
+import warnings
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import is_peft_model
+from trl import DPOConfig, DPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import use_adapter
+
+from ...configuration import MethodConfigMixin, method_config, method_field
+from ...losses.preference.pair_losses import call_pair_loss
+from ...losses.preference.scores import divergence_score, sequence_logps, wpo_weights
+from ..method import MethodTrainer
+from ..terms import LossTerm
+from .record import PreferenceRecord
+from .sampling import SampledCompletions
+
+# First half of the SHA-256 of the source of what this family relies on in TRL; tests/preference/test_pinned.py
+PINNED = {
+    "trl.trainer.dpo_trainer.DPOTrainer.__init__": "632f447c71dcb04361800303be2192d8",
+    "trl.trainer.dpo_trainer.DPOTrainer._compute_loss": "5e58a1699e0d76cd093095fa24cfe6ca",
+    "trl.trainer.dpo_trainer.DPOTrainer.compute_loss": "c453890e84beb4cb26a59d98dc6c98d0",
+    "trl.trainer.dpo_trainer.DPOTrainer.compute_ref_log_probs": "90611af9cbadb8ecfe0152f237177bea",
+    "trl.trainer.dpo_trainer.DPOTrainer.log": "e80e122cfe5fd8ad2b36edb3fe106ed2",
+    "trl.trainer.dpo_trainer.DataCollatorForPreference.torch_call": "0b8bb4c294bf8420e407a8ba9fa616ec",
+    "trl.trainer.utils.add_fused_lm_head": "422d009f04b66659982f9545a90d560b",
+    "trl.trainer.utils.use_adapter": "edd0e493f99fa68595b34e5f8e26b7b1",
+    "trl.trainer.utils.flush_left": "8454fdab9ffeacb418d44f224eef1a1f",
+    "trl.models.utils.disable_gradient_checkpointing": "1f3a5e7ca9cb59025b228c02d9e823f9",
+    "trl.models.utils.unwrap_model_for_generation": "583d1303c5c55405c0c7b62819e64a19",
+    "trl.distributed.DistributedBackend": "df5f1ebf26636f63193beaf5e23301d4",
+}
+
+_NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+
+
+@method_config
+class PreferenceConfig(MethodConfigMixin, DPOConfig):
+    """Configuration of [`PreferenceTrainer`]: that of [`~trl.DPOTrainer`] and what every preference method shares."""
+
+    check_records: bool = method_field(
+        False,
+        "Whether to check the values of every preference record, not only its shapes. For debugging: it waits for the "
+        "device once per batch.",
+    )
+
+
+class PreferenceTrainer(MethodTrainer, DPOTrainer):
+    """
+    [`~trl.DPOTrainer`] whose step is a sequence of stages. By itself it trains exactly as its parent does.
+
+    In the order in which data flows:
+
+    | stage | method to override | input → output |
+    |---|---|---|
+    | sample candidates | `sample` | batch → completions of the current policy, by method name |
+    | statistics | `statistics` | batch → `PreferenceRecord` |
+    | scores | `scores` | record → scores of chosen and rejected `(pairs,)` each |
+    | margin | `margin` | scores → Δ `(pairs,)` |
+    | pair losses | `pair_losses` | record, scores, Δ → one term per `loss_type`, values `(pairs,)` |
+    | pair weights | `pair_weights` | record → weights `(pairs,)` or `None` |
+    | extra terms | `extra_terms` | record → named terms |
+
+    Every value stays per pair until [`reduce_terms`], which takes means, weights and adds. `sample` and `extra_terms`
+    act in evaluation too unless a method says otherwise.
+    """
+
+    family = "preference"
+    trl_suffix = "DPOTrainer"
+    stages = ("sample", "statistics", "scores", "margin", "pair_losses", "pair_weights", "extra_terms")
+    config_class = PreferenceConfig
+    _tag_names = ["trl", "papertrl", "dpo"]
+
+    def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
+        args = self.make_config(args, model)
+        self.check_columns(trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset"))
+        super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
+
+    # --- Stages -------------------------------------------------------------------------------------------------
+
+    def sample(self, inputs: dict[str, Any]) -> dict[str, SampledCompletions]:
+        """
+        Stage *sample candidates*: completions drawn from the current policy, before its gradient-carrying pass.
+
+        Args:
+            inputs (`dict[str, Any]`):
+                The collated batch.
+
+        Returns:
+            `dict[str, SampledCompletions]`: by method name; extend through `super()`. They arrive in `record.samples`.
+        """
+        return {}
+
+    def statistics(self, model: torch.nn.Module, inputs: dict[str, Any]) -> PreferenceRecord:
+        """
+        Stage *statistics*: one pass of the policy and, unless precomputed, one of the reference over all rows.
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy, as wrapped for training.
+            inputs (`dict[str, Any]`):
+                The collated batch.
+        """
+        completion_mask = inputs["completion_mask"]
+        shift_mask = completion_mask[:, 1:]
+        model_inputs = {k: v for k, v in inputs.items() if k not in _NON_MODEL_KEYS}
+        # Vision-language wrappers read this as an argument of the forward pass only
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        outputs = self._score(model, {**model_inputs, **router}, completion_mask)
+        if self.precompute_ref_logps:
+            ref_per_token_logps = None
+            ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
+        else:
+            with self.reference_model() as reference:
+                ref_per_token_logps = self._score(reference, model_inputs, completion_mask)["log_probs"]
+            ref_logps = sequence_logps(ref_per_token_logps, shift_mask, self.ld_alpha)
+        return PreferenceRecord(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            completion_mask=completion_mask,
+            per_token_logps=outputs["log_probs"],
+            logps=sequence_logps(outputs["log_probs"], shift_mask, self.ld_alpha),
+            ref_logps=ref_logps,
+            ref_per_token_logps=ref_per_token_logps,
+            entropy=outputs["entropy"].detach(),
+            mean_logits=outputs["mean_logits"].detach(),
+            is_top1=outputs["is_top1"],
+            log_sum_sq_probs=outputs["log_sum_sq_probs"].detach() if self.use_weighting else None,
+            aux_loss=outputs["aux_loss"] if self.aux_loss_enabled else None,
+        )
+
+    def scores(self, record: PreferenceRecord) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stage *scores*: what the margin compares, of chosen and rejected completions, `(pairs,)` each."""
+        scores = divergence_score(record.logratios, self.f_divergence_type, self.f_alpha_divergence_coef)
+        chosen, rejected = scores.chunk(2)
+        return chosen, rejected
+
+    def margin(
+        self, record: PreferenceRecord, chosen_scores: torch.Tensor, rejected_scores: torch.Tensor
+    ) -> torch.Tensor:
+        """Stage *margin*: Δ of every pair, `(pairs,)`, not yet multiplied by β."""
+        return chosen_scores - rejected_scores
+
+    def pair_losses(
+        self,
+        record: PreferenceRecord,
+        chosen_scores: torch.Tensor,
+        rejected_scores: torch.Tensor,
+        margin: torch.Tensor,
+    ) -> list[LossTerm]:
+        """
+        Stage *pair losses*: one term per entry of `loss_type`, weighted by `loss_weights`.
+
+        Args:
+            record ([`~papertrl.trainers.preference.record.PreferenceRecord`]):
+                The batch.
+            chosen_scores, rejected_scores, margin (`torch.Tensor` of shape `(pairs,)`):
+                From the stages before.
+
+        Returns:
+            `list[LossTerm]`: with values of shape `(pairs,)`.
+        """
+        available: dict[str, Any] = {
+            "chosen_scores": chosen_scores,
+            "rejected_scores": rejected_scores,
+            "margin": margin,
+            "beta": self.beta,
+            "label_smoothing": self.label_smoothing,
+            "discopop_tau": self.args.discopop_tau,
+        }
+        available["chosen_mask"], _ = record.shift_completion_mask.chunk(2)
+        for name, rows in {
+            "logratios": record.logratios,
+            "logps": record.logps,
+            "per_token_logps": record.per_token_logps,
+            # TRL counts all completion tokens here, also one at position 0, which nothing predicts
+            "lengths": record.completion_mask.sum(1),
+        }.items():
+            available[f"chosen_{name}"], available[f"rejected_{name}"] = rows.chunk(2)
+        available["ref_chosen_logps"], available["ref_rejected_logps"] = record.ref_logps.chunk(2)
+        return [
+            LossTerm(name, call_pair_loss(name, available), coef=weight)
+            for name, weight in zip(self.loss_types, self.loss_weights, strict=True)
+        ]
+
+    def pair_weights(self, record: PreferenceRecord) -> torch.Tensor | None:
+        """Stage *pair weights*: what multiplies every pair's losses, `(pairs,)`, or `None` for 1."""
+        if not self.use_weighting:
+            return None
+        return wpo_weights(record.per_token_logps, record.log_sum_sq_probs, record.shift_completion_mask)
+
+    def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
+        """
+        Stage *extra terms*: terms beside the pair losses; extend through `super()`.
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy, as wrapped for training: for [`score_sequences`].
+            record ([`~papertrl.trainers.preference.record.PreferenceRecord`]):
+                The batch.
+
+        Returns:
+            `list[LossTerm]`: each logged as `loss/{name}`. Every rank must return the same terms.
+        """
+        return []
+
+    # --- Services -----------------------------------------------------------------------------------------------
+
+    def score_sequences(
+        self,
+        model: torch.nn.Module,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        completion_mask: torch.Tensor,
+        role: Literal["policy", "reference"] = "policy",
+        **model_inputs: Any,
+    ) -> torch.Tensor:
+        """
+        Log-probabilities of further sequences, by the same policy and reference that score the pairs.
+
+        Args:
+            model (`torch.nn.Module`):
+                The policy, as the stages receive it.
+            input_ids, attention_mask, completion_mask (`torch.Tensor` of shape `(rows, length)`):
+                Right-padded token ids; 1 at real tokens; 1 at the tokens to score.
+            role (`str`, *optional*, defaults to `"policy"`):
+                `"policy"`, with gradient, or `"reference"`, without: the reference model, the initial copy of a
+                retrained adapter, or the base model under the adapter.
+            **model_inputs:
+                Further inputs of the model, such as pixel values.
+
+        Returns:
+            `torch.Tensor` of shape `(rows, length − 1)`, in nats; 0 outside the completion. The policy's is connected
+            to the graph even if nothing is scored.
+        """
+        model_inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **model_inputs}
+        if role == "policy":
+            return self._score(model, model_inputs, completion_mask)["log_probs"]
+        if role == "reference":
+            with self.reference_model() as reference:
+                return self._score(reference, model_inputs, completion_mask)["log_probs"]
+        raise ValueError(f"`role` must be 'policy' or 'reference', got {role!r}.")
+
+    @contextmanager
+    def reference_model(self):
+        """Yield the model that acts as reference while the context is active, with gradients off."""
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            if self.ref_model is None and is_peft_model(self.model):
+                unwrapped = self.accelerator.unwrap_model(self.model)
+                with use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None):
+                    yield self.model
+            else:
+                yield self.ref_model
+
+    def _score(
+        self, model: torch.nn.Module, model_inputs: dict[str, Any], completion_mask: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)
+        outputs = model(**model_inputs, labels=labels, use_cache=False, fused_lm_head=True)
+        time = labels.shape[1] - 1
+        # Prompt-learning adapters put virtual tokens in front
+        return {k: v[:, -time:] if v is not None and v.ndim == 2 else v for k, v in outputs.items()}
+
+    # --- The step -----------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        samples = self.sample(inputs)
+        record = self.statistics(model, inputs)
+        record.samples = samples
+        if self.args.check_records:
+            record.check_values()
+        chosen_scores, rejected_scores = self.scores(record)
+        margin = self.margin(record, chosen_scores, rejected_scores)
+        pair_losses = self.pair_losses(record, chosen_scores, rejected_scores, margin)
+        weights = self.pair_weights(record)
+        if weights is not None:
+            for term in pair_losses:
+                term.values = term.values * weights
+        extra_terms = self.extra_terms(model, record)
+
+        loss = self.reduce_terms(pair_losses)
+        if record.aux_loss is not None:
+            loss = loss + self.router_aux_loss_coef * record.aux_loss
+        if extra_terms:
+            self.log_metric("loss/pair", self.accelerator.reduce(loss.detach(), reduction="mean"))
+            loss = loss + self.reduce_terms(extra_terms)
+            for term in extra_terms:
+                self.log_mean(f"loss/{term.name}", term.sum(), term.count())
+        self._log_tokens(record)
+        self._log_rewards(record)
+        if not return_outputs:
+            return loss
+        warnings.warn(
+            "`return_outputs=True` and the logits it passes to `compute_metrics` are deprecated in TRL; they cost a "
+            "further forward pass.",
+            FutureWarning,
+            stacklevel=2,
+        )
+        model_inputs = {k: v for k, v in inputs.items() if k not in _NON_MODEL_KEYS}
+        with torch.no_grad():
+            return loss, model(**model_inputs, use_cache=False)
+
+    def reduce_terms(self, terms: list[LossTerm]) -> torch.Tensor:
+        """
+        Sum of the terms' weighted means.
+
+        A term without mask is averaged over this rank's units; a masked one over the units that count on all ranks,
+        scaled so that the average of all ranks' losses, and of their gradients, is the global mean. The trainer then
+        averages over the micro-batches of a step.
+
+        Args:
+            terms (`list[LossTerm]`):
+                The same names on every rank.
+        """
+        masked = [term for term in terms if term.mask is not None]
+        counts = {}
+        if masked:
+            total = self.accelerator.reduce(torch.stack([term.count() for term in masked]), reduction="sum")
+            counts = dict(zip(map(id, masked), total.clamp(min=1) / self.accelerator.num_processes, strict=True))
+        return sum(
+            (term.sum() / counts[id(term)] if id(term) in counts else term.values.mean()) * term.coef for term in terms
+        )
+
+    # --- Metrics ------------------------------------------------------------------------------------------------
+
+    def _log_tokens(self, record: PreferenceRecord) -> None:
+        mask = record.shift_completion_mask
+        chosen_mask, rejected_mask = mask.chunk(2)
+        chosen_logits, rejected_logits = record.mean_logits.chunk(2)
+        chosen_is_top1, _ = record.is_top1.chunk(2)
+        local = {
+            "processed": record.attention_mask.sum(),
+            "scored": mask.sum(),
+            "chosen": chosen_mask.sum(),
+            "rejected": rejected_mask.sum(),
+            "entropy": (record.entropy * mask).sum(),
+            "logits/chosen": (chosen_logits * chosen_mask).sum(),
+            "logits/rejected": (rejected_logits * rejected_mask).sum(),
+            "top1": (chosen_is_top1 * chosen_mask).sum(),
+        }
+        if record.aux_loss is not None:
+            local |= {"aux_loss": record.aux_loss.detach(), "ranks": torch.ones_like(record.aux_loss)}
+        gathered = self.accelerator.gather_for_metrics(torch.stack([v.float() for v in local.values()])[None])
+        total = dict(zip(local, gathered.sum(0), strict=True))
+
+        def log_ratio(name: str, numerator: str, denominator: str) -> None:
+            self.log_metric(name, total[numerator] / total[denominator].clamp(min=1))
+
+        log_ratio("entropy", "entropy", "scored")
+        log_ratio("logits/chosen", "logits/chosen", "chosen")
+        log_ratio("logits/rejected", "logits/rejected", "rejected")
+        log_ratio("mean_token_accuracy", "top1", "chosen")
+        if record.aux_loss is not None:
+            log_ratio("aux_loss", "aux_loss", "ranks")
+        if self.model.training:
+            # Kept on the device: nothing waits for it until the log is written
+            self._total_train_tokens = self._total_train_tokens + total["processed"].long() // self._tp_size
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
+
+    def _log_rewards(self, record: PreferenceRecord) -> None:
+        chosen_rewards, rejected_rewards = (self.beta * record.logratios.detach()).chunk(2)
+        chosen_logps, rejected_logps = record.logps.detach().chunk(2)
+        per_pair = {
+            "rewards/chosen": chosen_rewards,
+            "rewards/rejected": rejected_rewards,
+            "rewards/accuracies": chosen_rewards > rejected_rewards,
+            "rewards/margins": chosen_rewards - rejected_rewards,
+            "logps/chosen": chosen_logps,
+            "logps/rejected": rejected_logps,
+        }
+        gathered = self.accelerator.gather(torch.stack([v.float() for v in per_pair.values()], dim=1))
+        for name, value in zip(per_pair, gathered.mean(0), strict=True):
+            self.log_metric(name, value)
+
+    # --- State --------------------------------------------------------------------------------------------------
+
+    def method_state(self) -> dict[str, Any]:
+        return {**super().method_state(), "num_tokens": int(self._total_train_tokens)}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
+        self._total_train_tokens = state["num_tokens"]

@@ -1,0 +1,124 @@
+"""LN-DPO: direct preference optimization on log-ratios per token."""
+
+import textwrap
+
+import torch
+
+from ...configuration import method_config, method_field
+from ...losses.preference.ln_dpo import length_divisor
+from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
+from ..method import Method
+from .base import PreferenceConfig, PreferenceTrainer
+from .record import PreferenceRecord
+
+# Losses of the margin alone; 'sft' has no margin and may stand beside them
+_NORMALIZABLE = [name for name, needs in PAIR_LOSS_INPUTS.items() if "margin" in needs or name == "sft"]
+
+
+@method_config
+class LnDPOConfig(PreferenceConfig):
+    """Configuration of [`LnDPOTrainer`]."""
+
+    length_norm_power: float = method_field(
+        1.0,
+        "Power p of the completion length that divides each completion's score: 1 is LN-DPO, 0 is DPO, values between "
+        "are this library's interpolation.",
+        ge=0.0,
+        le=1.0,
+    )
+    beta: float = method_field(
+        2.0,
+        "Deviation from the reference model, on the scale of log-ratios per token, which is smaller than that of "
+        "`DPOConfig` by the completion's length. The default is of the order that the LN-DPO study searched, recalled "
+        "and not checked against its tables.",
+        gt=0.0,
+    )
+
+    def validate(self) -> None:
+        super().validate()
+        refused = [name for name in self.loss_type if name not in _NORMALIZABLE]
+        if self.length_norm_power and refused:
+            raise ValueError(
+                f"`length_norm_power={self.length_norm_power}` needs `loss_type`s that are functions of the margin, "
+                f"{_NORMALIZABLE}, got {refused}. Choose among these, or set `length_norm_power=0`."
+            )
+
+
+class LnDPOTrainer(PreferenceTrainer):
+    """
+    Makes the chosen completion's log-ratio *per token* larger than the rejected one's, so that length earns no reward.
+
+    With h(y) = Σ_t [log π_θ(y_t|·) − log π_ref(y_t|·)] over the completion's scored tokens, EOS included,
+
+    L = −mean log σ(β · (h(y_w) / |y_w|^p − h(y_l) / |y_l|^p)),  p = `length_norm_power` = 1
+
+    An empty completion counts as one of length 1 with score 0. With `ld_alpha` the numerator is reweighted, the length
+    is not; with another `f_divergence_type` its score is divided in place of h. `rewards/*` stay as TRL logs them, on
+    summed log-ratios; `rewards/normalized_margins` is what the loss sees, β · Δ.
+
+    Args:
+        model, ref_model, args, ...:
+            As for [`~trl.DPOTrainer`]; `args` is a [`LnDPOConfig`], or a [`~trl.DPOConfig`] to take the method's
+            defaults. A `DPOConfig` keeps its own `beta`, whose default of 0.1 is far too small here.
+
+    Relations:
+        - `loss_type="sigmoid_norm"` of [`~trl.DPOTrainer`] is the same loss for p = 1. This trainer adds the power,
+          other losses of the margin (`hinge`, `robust`, `exo_pair`, `discopop`), the logged margin, and counts scored
+          tokens only, which differs for an empty prompt.
+        - `ld_alpha` (LD-DPO) also fights verbosity, by counting tokens past the shorter completion's length less.
+          Prefer it when length is wanted but should not decide.
+        - [`RpoDPOTrainer`](rpo.py) keeps the chosen completion likely; the two combine.
+
+    Paper: [The Hitchhiker's Guide to Human Alignment with *PO](https://arxiv.org/abs/2407.15229)
+
+    Example:
+
+    ```python
+    >>> from copy import deepcopy
+    >>> from datasets import Dataset
+    >>> from papertrl import LnDPOConfig, LnDPOTrainer
+    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+
+    >>> tokenizer = tiny_tokenizer()
+    >>> model = tiny_model(tokenizer)
+    >>> dataset = Dataset.from_dict({"prompt": ["1+1="] * 8, "chosen": ["2"] * 8, "rejected": ["2222"] * 8})
+    >>> args = LnDPOConfig("/tmp/ln_dpo", max_steps=1, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
+    >>> trainer = LnDPOTrainer(model, deepcopy(model), args, train_dataset=dataset, processing_class=tokenizer)
+    >>> trainer.train().global_step
+    1
+
+    ```
+    """
+
+    config_class = LnDPOConfig
+    method = Method(
+        name="ln_dpo",
+        summary="DPO on log-ratios divided by the completion length",
+        extends=("scores",),
+        neutral={"length_norm_power": 0.0, "beta": 0.1},
+        signal="length_norm/divisor",
+    )
+    _tag_names = ["trl", "papertrl", "dpo", "ln-dpo"]
+    _name = "LN-DPO"
+    _paper = {
+        "title": "The Hitchhiker's Guide to Human Alignment with *PO",
+        "id": "2407.15229",
+        "citation": textwrap.dedent("""\
+            @article{lndpo2024hitchhikers,
+                title         = {{The Hitchhiker's Guide to Human Alignment with *PO}},
+                year          = 2024,
+                eprint        = {arXiv:2407.15229}
+            }"""),
+    }
+
+    def scores(self, record: PreferenceRecord) -> tuple[torch.Tensor, torch.Tensor]:
+        chosen, rejected = super().scores(record)
+        if self.args.length_norm_power == 0:
+            return chosen, rejected
+        divisor = length_divisor(record.lengths, self.args.length_norm_power)
+        chosen_divisor, rejected_divisor = divisor.chunk(2)
+        chosen, rejected = chosen / chosen_divisor, rejected / rejected_divisor
+        margins = self.beta * (chosen - rejected).detach()
+        self.log_mean("rewards/normalized_margins", margins.sum(), margins.new_tensor(len(margins)))
+        self.log_mean("length_norm/divisor", divisor.sum(), divisor.new_tensor(len(divisor)))
+        return chosen, rejected

@@ -1,0 +1,182 @@
+"""Completions sampled from the current policy inside a training step, the same whatever the number of processes."""
+
+import hashlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from trl.trainer.utils import flush_left
+
+from ..statistics import causal_lm
+
+
+@dataclass
+class SampledCompletions:
+    """
+    Prompts with completions drawn from the policy at temperature 1: `pairs · num_samples` rows, those of one prompt
+    next to each other.
+
+    Args:
+        input_ids, attention_mask, completion_mask (`torch.Tensor` of shape `(rows, length)`):
+            Right-padded token ids; 1 at real tokens; 1 at completion tokens, up to and with the first EOS.
+        prompt_mask (`torch.Tensor` of shape `(rows,)`):
+            0 for a row whose prompt is empty, which is not to be used.
+        num_samples (`int`):
+            Rows per prompt.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    completion_mask: torch.Tensor
+    prompt_mask: torch.Tensor
+    num_samples: int
+
+
+class KeyedGumbel(LogitsProcessor):
+    """
+    Adds to each row's scores noise from that row's own generator, so that greedy decoding samples from the softmax.
+
+    argmax_v (s_v − log e_v), e_v ~ Exp(1), is distributed as softmax(s). A row's tokens depend on its seed and its
+    scores alone: not on the other rows, the number of processes or the global generators.
+
+    Args:
+        seeds (`list[int]`):
+            One per row.
+        device (`torch.device`):
+            That of the scores.
+    """
+
+    def __init__(self, seeds: list[int], device: torch.device):
+        self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        exponential = torch.empty_like(scores)
+        for row, generator in zip(exponential, self.generators, strict=True):
+            row.exponential_(generator=generator)
+        return scores - exponential.log()
+
+
+def sample_seeds(
+    seed: int, step: int, input_ids: torch.Tensor, attention_mask: torch.Tensor, num_samples: int
+) -> list[int]:
+    """
+    Seeds that depend on the run's `seed`, the optimizer `step`, the pair and the sample's number.
+
+    Args:
+        seed (`int`), step (`int`):
+            Of the run.
+        input_ids, attention_mask (`torch.Tensor` of shape `(2·pairs, length)`):
+            Chosen rows, then rejected ones.
+        num_samples (`int`):
+            Samples per pair.
+
+    Returns:
+        `list[int]` of length `pairs · num_samples`.
+    """
+    valid = attention_mask.bool().cpu()
+    rows = [ids[mask].numpy().tobytes() for ids, mask in zip(input_ids.cpu(), valid, strict=True)]
+    half = len(rows) // 2
+    seeds = []
+    for chosen, rejected in zip(rows[:half], rows[half:], strict=True):
+        for i in range(num_samples):
+            key = f"{seed} {step} {i} {len(chosen)} ".encode() + chosen + rejected
+            seeds.append(int.from_bytes(hashlib.sha256(key).digest()[:7], "little"))
+    return seeds
+
+
+def left_padded_prompts(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor, pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Prompts of right-padded rows, padded on the left as generation wants them.
+
+    Args:
+        input_ids, attention_mask, completion_mask (`torch.Tensor` of shape `(rows, length)`):
+            As in [`~papertrl.trainers.preference.record.PreferenceRecord`].
+        pad_token_id (`int`):
+            Fills the left.
+
+    Returns:
+        Token ids and mask of shape `(rows, prompt_length)`, and a mask of shape `(rows,)` that is 0 where the prompt
+        is empty. Such a row keeps one unmasked padding token, so that every row can be generated from.
+    """
+    lengths = (attention_mask * (1 - completion_mask)).sum(1)
+    width = max(1, int(lengths.max()))
+    index = torch.arange(width, device=input_ids.device) - (width - lengths).unsqueeze(1)
+    ids = input_ids.gather(1, index.clamp(min=0)).masked_fill(index < 0, pad_token_id)
+    mask = (index >= 0).long()
+    mask[:, -1] = 1
+    return ids, mask, (lengths > 0).long()
+
+
+def completions_until_eos(completion_ids: torch.Tensor, eos_token_ids: list[int]) -> torch.Tensor:
+    """Mask of shape `(rows, time)`: 1 up to and with the first EOS token, or everywhere if there is none."""
+    is_eos = torch.isin(completion_ids, torch.tensor(eos_token_ids, device=completion_ids.device)).long()
+    return (is_eos.cumsum(1) - is_eos == 0).long()
+
+
+@contextmanager
+def plain_generation(model: nn.Module):
+    """
+    While active, `model.generate` follows the policy's own distribution: no dropout, and none of the penalties,
+    filters or forced tokens that the model's generation config may hold.
+    """
+    lm = causal_lm(model)
+    was_training, generation_config = model.training, lm.generation_config
+    lm.generation_config = GenerationConfig()
+    model.eval()
+    try:
+        yield
+    finally:
+        lm.generation_config = generation_config
+        model.train(was_training)
+
+
+@torch.no_grad()
+def sample_completions(
+    model: nn.Module,
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    seeds: list[int],
+    max_new_tokens: int,
+    pad_token_id: int,
+    eos_token_ids: list[int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """
+    Draw one completion per row from the softmax of the model's logits, at temperature 1 over the whole vocabulary.
+
+    Args:
+        model (`nn.Module`):
+            Unwrapped causal LM, with the adapter active that is to be sampled from.
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(rows, prompt_length)`):
+            Left-padded prompts.
+        seeds (`list[int]`):
+            One per row, see [`KeyedGumbel`].
+        max_new_tokens (`int`):
+            Longest completion.
+        pad_token_id (`int`), eos_token_ids (`list[int]`):
+            Special tokens.
+
+    Returns:
+        `input_ids`, `attention_mask`, `completion_mask` as in [`SampledCompletions`].
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_token_id, eos_token_id=eos_token_ids
+    )
+    with plain_generation(model):
+        output_ids = model.generate(
+            input_ids=prompt_ids,
+            attention_mask=prompt_mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([KeyedGumbel(seeds, prompt_ids.device)]),
+        )
+    completion_ids = output_ids[:, prompt_ids.shape[1] :]
+    until_eos = completions_until_eos(completion_ids, eos_token_ids)
+    attention_mask = torch.cat([prompt_mask, until_eos], dim=1)
+    completion_mask = torch.cat([torch.zeros_like(prompt_mask), until_eos], dim=1)
+    attention_mask, input_ids, completion_mask = flush_left(
+        attention_mask, output_ids.masked_fill(attention_mask == 0, pad_token_id), completion_mask
+    )
+    return input_ids, attention_mask, completion_mask
