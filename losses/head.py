@@ -56,5 +56,7 @@ def kept_mass(
         log_threshold[part] = threshold
         # A token at the threshold is kept: rounding in the logarithm must not decide the maximum's own fate
         kept = logps >= threshold.unsqueeze(-1) - 1e-6
-        log_kept[part] = torch.logsumexp(logps.masked_fill(~kept, -math.inf), dim=-1)
+        log_mass = torch.logsumexp(logps.masked_fill(~kept, -math.inf), dim=-1).clamp(max=0.0)
+        # Exactly, where nothing is removed: the filtered distribution must then be the unfiltered one
+        log_kept[part] = log_mass.masked_fill(kept.all(-1), 0.0)
     return log_threshold, log_kept

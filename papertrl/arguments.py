@@ -189,13 +189,19 @@ def make_trainer_class(methods: list[str]) -> type:
 def make_parser(trainer_class: type) -> Any:
     """Parser of every flag of the trainer's config, of TRL's `ModelConfig` and of [`JobArguments`]."""
     from trl import ModelConfig, TrlParser
+    from trl.scripts._hf_argparser import string_to_bool
 
     class Parser(TrlParser):
         error = _Parser.error
 
-    return Parser(
+    parser = Parser(
         [JobArguments, trainer_class.config_class, ModelConfig], prog="papertrl train", allow_abbrev=False, add_help=False
     )
+    for action in parser._actions:
+        # Without this, `--disable_tqdm` and the other flags that default to `None` would need a value
+        if action.type is string_to_bool and action.nargs is None:
+            action.nargs, action.const = "?", True
+    return parser
 
 
 def parse(choice: Choice) -> Job:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from transformers import ProgressCallback, TrainerCallback
 
 from .heldout import Answers
@@ -19,12 +20,12 @@ PANELS = (
     ("held_out/accuracy", "Held-out accuracy (greedy)", "share of prompts"),
     ("held_out/reward", "Held-out reward (greedy)", "mean reward"),
     ("reward", "Training reward", "mean reward"),
-    ("loss", "Loss", "loss"),
     ("entropy", "Entropy of the policy", "nats per token"),
     ("completions/mean_length", "Completion length", "tokens"),
     ("rewards/margins", "Implicit reward margin", "chosen minus rejected"),
     ("rewards/accuracies", "Pairs ranked right", "share of pairs"),
     ("mean_token_accuracy", "Token accuracy", "share of tokens"),
+    ("loss", "Loss", "loss"),
     ("grad_norm", "Gradient norm", "norm"),
 )
 MAX_PANELS = 6
@@ -106,7 +107,6 @@ def draw_curves(metrics: list[dict[str, Any]], signals: dict[str, str], title: s
     """
     mechanism = [(key, f"{name}: {key.split('/')[-1].replace('_', ' ')}", key) for name, key in signals.items() if key]
     logged = {key for line in metrics for key in line}
-    wanted = [*PANELS[: MAX_PANELS + 1], *mechanism, *PANELS[MAX_PANELS + 1 :]]
     panels = [panel for panel in PANELS if panel[0] in logged][: max(1, MAX_PANELS - len(mechanism))]
     panels += [panel for panel in mechanism if panel[0] in logged]
     columns = min(3, len(panels))
@@ -123,6 +123,7 @@ def draw_curves(metrics: list[dict[str, Any]], signals: dict[str, str], title: s
             axes.plot(steps, smooth(values), color="tab:blue", linewidth=2)
         axes.set_title(name, fontsize=11)
         axes.set_xlabel("optimizer step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         if label.startswith("share"):

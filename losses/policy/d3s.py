@@ -30,10 +30,12 @@ def max_variance_subset(advantages: Float[Tensor, " rows"], size: int) -> Bool[T
     total = first[low] + first[-1] - first[high]
     squares = second[low] + second[-1] - second[high]
     variance = squares / size - (total / size).square()
-    best = int((variance >= variance.max() - 1e-12).int().argmax())
+    rounding = 1e-12 * values.square().amax()
+    best = int((variance >= variance.max() - rounding).int().argmax())
     keep = torch.zeros_like(advantages, dtype=torch.bool)
     keep[order[:best]] = True
-    keep[order[values.numel() - (size - best) :]] = True
+    highest = torch.argsort(advantages, descending=True, stable=True)
+    keep[highest[~keep[highest]][: size - best]] = True
     return keep
 
 
@@ -67,12 +69,9 @@ def select_tokens(
     scores: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch time"], threshold: Float[Tensor, "batch one"]
 ) -> Bool[Tensor, "batch time"]:
     """
-    Tokens of `mask` that score at least `threshold`. Tokens of score 0 carry no gradient and are kept only in a row
-    whose tokens all score 0.
+    Tokens of `mask` that score at least `threshold`. Those of score 0 carry no gradient and are never kept.
     """
-    valid = mask.bool()
-    informative = valid & (scores > 0)
-    return torch.where(informative.any(1, keepdim=True), informative & (scores >= threshold), valid)
+    return mask.bool() & (scores > 0) & (scores >= threshold)
 
 
 def linear_schedule(start: float, end: float, progress: float) -> float:

@@ -7,6 +7,8 @@ from torch import Tensor
 # log-probability under the proxy of a token that the filter removed; finite, so that masked arithmetic is
 NOISE_LOGP = -1e4
 _MAX_LOG_RATIO = 20.0
+# Difference between the log-probabilities of one token in two passes that counts as none
+_ROUNDING = 1e-5
 
 
 def proxy_logps(
@@ -30,7 +32,7 @@ def proxy_logps(
         `torch.Tensor` of shape `(batch, time)`, without gradient.
     """
     # Two passes over the same token may round differently: a token at the threshold is kept
-    kept = logps >= log_threshold - 1e-5
+    kept = logps >= log_threshold - _ROUNDING
     return torch.where(kept, logps - log_kept_mass, NOISE_LOGP).detach()
 
 
@@ -66,7 +68,9 @@ def protected_tokens(
             log δ_ρ, see [`lowest_share`].
     """
     logps = logps.detach()
-    return mask.bool() & (advantages < 0) & (logps <= log_delta) & (proxy > NOISE_LOGP) & (logps < proxy)
+    # Where the filter removed nothing, q is p up to rounding, and the strict comparison has to fail
+    below = logps < proxy - _ROUNDING
+    return mask.bool() & (advantages < 0) & (logps <= log_delta) & (proxy > NOISE_LOGP) & below
 
 
 def forward_kl_penalty(

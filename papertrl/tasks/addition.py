@@ -42,8 +42,7 @@ class AdditionTask(Task):
         while len(rows) < n:
             a, b = rng.randrange(10**self.digits), rng.randrange(10**self.digits)
             if split_of(a, b) == split:
-                total = str(a + b)
-                rows.append({"prompt": f"{a}+{b}=", "answer": total, "wrong_answer": _one_digit_off(total, rng)})
+                rows.append({"prompt": f"{a}+{b}=", "answer": str(a + b), "wrong_answer": slip(a, b, rng)})
         return Dataset.from_list(rows)
 
     @property
@@ -57,7 +56,17 @@ def split_of(a: int, b: int) -> str:
     return "test" if digest[0] % TEST_SHARE == 0 else "train"
 
 
-def _one_digit_off(total: str, rng: random.Random) -> str:
+def without_carry(a: int, b: int) -> int:
+    """Sum of `a` and `b` by somebody who forgets to carry: each column's sum modulo ten."""
+    columns = [(int(x) + int(y)) % 10 for x, y in zip(str(a).zfill(9), str(b).zfill(9), strict=True)]
+    return int("".join(map(str, columns)))
+
+
+def slip(a: int, b: int, rng: random.Random) -> str:
+    """A wrong sum of `a` and `b`: without its carries where there are any, else with one digit changed."""
+    if without_carry(a, b) != a + b:
+        return str(without_carry(a, b))
+    total = str(a + b)
     place = rng.randrange(len(total))
     digit = rng.choice([d for d in "0123456789" if d != total[place]])
     return total[:place] + digit + total[place + 1 :]

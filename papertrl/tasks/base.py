@@ -1,5 +1,6 @@
 """What a task is: procedurally generated problems, an exact verifier, and the views that trainers need."""
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -68,6 +69,22 @@ class Task(ABC):
     def supervised(self, problems: Dataset) -> Dataset:
         """The problems as `prompt` and `completion`."""
         return problems.rename_column("answer", "completion").select_columns(["prompt", "completion"])
+
+    def demonstrations(self, n: int, seed: int, error_share: float) -> Dataset:
+        """
+        Demonstrations of mixed quality, as `prompt` and `completion`: a share of them is wrong.
+
+        A model that imitates them is as often wrong; that is what a policy gradient can put right.
+        Where the task has no wrong answers, all are right.
+        """
+        problems = self.generate(n, seed)
+        if "wrong_answer" not in problems.column_names:
+            return self.supervised(problems)
+        rng = random.Random(seed)
+        completions = [
+            row["wrong_answer"] if rng.random() < error_share else row["answer"] for row in problems.to_list()
+        ]
+        return Dataset.from_dict({"prompt": list(problems["prompt"]), "completion": completions})
 
     def preference(self, problems: Dataset) -> Dataset:
         """

@@ -257,3 +257,19 @@ def test_refuses_bad_input(tiny_path, tokenizer, tmp_path):
     base = make_trainer(PreferenceTrainer, tiny_path, tokenizer, tmp_path, loss_type=["sigmoyd"])
     with pytest.raises(ValueError, match=r"`loss_type` must be among .*'sigmoid'.* got 'sigmoyd'"):
         base.compute_loss(base.model, first_batch(base))
+
+
+def test_weighting_works_with_every_pair_loss(tiny_path, tokenizer, tmp_path):
+    # TRL multiplies in place, which breaks the backward pass of 'hinge' and 'sft'
+    options = {"loss_type": ["hinge", "sft"], "beta": 0.5}
+    weighted = make_trainer(PreferenceTrainer, tiny_path, tokenizer, tmp_path, use_weighting=True, **options)
+    batch = first_batch(weighted)
+    loss, gradients = loss_and_gradients(weighted, batch)
+    record = weighted.statistics(weighted.model, batch)
+    mask = record.shift_completion_mask
+    hinge = (1 - 0.5 * (record.logratios[:4] - record.logratios[4:])).clamp(min=0)
+    nll = -record.per_token_logps[:4].sum() / mask[:4].sum()
+    aligned = ((record.per_token_logps - record.log_sum_sq_probs) * mask).sum(1) / mask.sum(1)
+    weight = aligned.exp()[:4] * aligned.exp()[4:]
+    torch.testing.assert_close(loss, (weight * hinge).mean() + nll * weight.mean())
+    assert all(g.isfinite().all() for g in gradients.values())

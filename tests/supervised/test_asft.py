@@ -1,9 +1,11 @@
 import doctest
 import math
+from importlib import resources
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from papertrl.losses.divergence import LazyLogits, token_kl
@@ -312,6 +314,9 @@ class TestReference:
         trainer.train()
         initial = dict(tiny_llama(tokenizer).named_parameters())
         assert_equal({n: p.detach() for n, p in trainer.ref_model.named_parameters()}, initial)
+        assert not any(p.requires_grad for p in trainer.ref_model.parameters())
+        batch = first_batch(trainer)
+        assert torch.equal(all_logits(trainer.ref_model, batch), all_logits(tiny_llama(tokenizer), batch))
         assert any(not torch.equal(p, initial[n]) for n, p in weights(trainer).items())
         logged = [entry["asft/kl_to_ref"] for entry in history(trainer) if "asft/kl_to_ref" in entry]
         assert logged[0] == 0.0 and min(logged[1:]) > 0
@@ -397,6 +402,15 @@ class TestOptions:
         assert logged[0]["asft/kl_to_ref"] == 0.0 and logged[2]["asft/kl_to_ref"] > 0
         assert all(math.isfinite(value) for entry in logged for value in entry.values())
 
+    @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
+    def test_gradient_checkpointing(self, peft_config, tokenizer, tmp_path):
+        options = {"anchor_coef": 0.5, "trainer_kwargs": {"peft_config": peft_config}}
+        plain = asft(tokenizer, tmp_path, **options)
+        checkpointed = asft(tokenizer, tmp_path, gradient_checkpointing=True, **options)
+        plain.train()
+        checkpointed.train()
+        assert_close(weights(checkpointed), weights(plain))
+
     def test_moe(self, tokenizer, tmp_path):
         trainer = asft(tokenizer, tmp_path, model=tiny_mixtral(tokenizer))
         trainer.train()
@@ -425,11 +439,17 @@ class TestOptions:
             assert entry["eval_loss"] == pytest.approx(total, rel=1e-4)
         assert logged[-1]["eval_asft/kl_to_ref"] > 0
 
-    @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
-    def test_resume(self, peft_config, tokenizer, tmp_path):
-        options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "anchor_coef": 0.5}
-        options["trainer_kwargs"] = {"peft_config": peft_config}
-        whole, resumed = (asft(tokenizer, tmp_path, **options) for _ in range(2))
+    @pytest.mark.parametrize("model", ["full", "lora", "given_adapter"])
+    def test_resume(self, model, tokenizer, tmp_path):
+        def trainer():
+            options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "anchor_coef": 0.5}
+            if model == "given_adapter":
+                options["model"] = get_peft_model(tiny_llama(tokenizer), LORA)
+            elif model == "lora":
+                options["trainer_kwargs"] = {"peft_config": LORA}
+            return asft(tokenizer, tmp_path, **options)
+
+        whole, resumed = trainer(), trainer()
         whole.train()
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
         assert_equal(weights(resumed), weights(whole))
@@ -477,6 +497,12 @@ class TestConfig:
         args = AsftSFTConfig(output_dir=str(tmp_path), use_cpu=True)
         assert (args.anchor_coef, args.anchor_direction, args.dft_weight_power) == (0.1, "forward", 1.0)
         assert args.learning_rate == 2e-5
+
+    def test_recipe(self, tmp_path):
+        recipe = yaml.safe_load((resources.files("papertrl.recipes") / "asft.yaml").read_text())
+        assert recipe.pop("method") == "asft"
+        args = AsftSFTConfig(**(recipe | {"output_dir": str(tmp_path), "use_cpu": True}))
+        assert (args.anchor_coef, args.anchor_direction, args.dft_weight_power) == (0.1, "forward", 1.0)
 
     def test_docstring_example(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)

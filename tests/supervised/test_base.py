@@ -24,6 +24,8 @@ from .helpers import (
     weights,
 )
 
+LIKELY = -4.5
+
 
 class StagedTrainer(SupervisedTrainer):
     """Runs every stage and observes the hidden states, but changes nothing."""
@@ -36,7 +38,7 @@ class StagedTrainer(SupervisedTrainer):
 
 
 class HalvedTrainer(SupervisedTrainer):
-    """A method of these tests: halves odd examples, and adds a term on top-1 tokens."""
+    """A method of these tests: halves odd examples, and adds a term on likely tokens."""
 
     method = Method("halved", "Halves odd examples.", extends=("example_weights", "extra_terms"))
     _tag_names = ["halved"]
@@ -51,7 +53,10 @@ class HalvedTrainer(SupervisedTrainer):
         return super().example_weights(record) * halves
 
     def extra_terms(self, record):
-        return [*super().extra_terms(record), LossTerm("top1", record.log_probs, record.is_top1, coef=0.25)]
+        return [
+            *super().extra_terms(record),
+            LossTerm("likely", record.log_probs, record.log_probs > LIKELY, coef=0.25),
+        ]
 
 
 class RecordingTrainer(HalvedTrainer):
@@ -132,18 +137,19 @@ class TestStages:
         trainer = make(RecordingTrainer, SupervisedConfig, tokenizer, tmp_path)
         loss, _ = loss_and_gradients(trainer, num_items_in_batch=37)
         ((record, values),) = trainer.records
-        expected, top1 = 0.0, 0.0
+        expected, likely, chosen = 0.0, 0.0, []
         for row in range(4):
             for t in range(record.log_probs.shape[1]):
                 if record.label_mask[row, t]:
                     log_prob = record.log_probs[row, t].item()
-                    expected += -log_prob * (0.5 if row % 2 else 1.0) + 0.25 * log_prob * record.is_top1[row, t].item()
-                    top1 += log_prob * record.is_top1[row, t].item()
+                    chosen.append(log_prob > LIKELY)
+                    expected += -log_prob * (0.5 if row % 2 else 1.0) + 0.25 * log_prob * chosen[-1]
+                    likely += log_prob * chosen[-1]
+        assert any(chosen) and not all(chosen)
         assert loss.item() == pytest.approx(expected / 37, rel=1e-5)
         assert values.sum().item() == pytest.approx(expected, rel=1e-5)
-        assert trainer._metrics["train"]["loss/top1"][0].item() == pytest.approx(
-            top1 / record.label_mask.sum().item(), rel=1e-5
-        )
+        logged = trainer._metrics["train"]["loss/likely"][0].item()
+        assert logged == pytest.approx(likely / len(chosen), rel=1e-5)
 
     def test_examples_are_the_same_without_padding(self, tokenizer, tmp_path):
         padded = make(RecordingTrainer, SupervisedConfig, tokenizer, tmp_path)
@@ -163,7 +169,7 @@ class TestStages:
         assert issubclass(both.config_class, AsftSFTConfig)
         trainer = make(both, both.config_class, tokenizer, tmp_path, anchor_coef=0.5)
         trainer.train()
-        assert {"loss/token", "loss/anchor", "loss/top1", "asft/kl_to_ref"} <= history(trainer)[0].keys()
+        assert {"loss/token", "loss/anchor", "loss/likely", "asft/kl_to_ref"} <= history(trainer)[0].keys()
 
         alone = make(AsftSFTTrainer, AsftSFTConfig, tokenizer, tmp_path, anchor_coef=0.5)
         reversed_ = compose(HalvedTrainer, AsftSFTTrainer)

@@ -28,6 +28,9 @@ def test_two_processes_equal_one(tmp_path):
     found, expected = (json.loads((tmp_path / name / "history.json").read_text()) for name in ("two", "one"))
     assert expected[2]["asft/kl_to_ref"] > 1e-3
     assert len(found) == len(expected)
+    for entry in (*found, *expected):
+        # Counts padding, of which two small batches have less than a large one
+        entry.pop("total_flos", None)
     for entry, other in zip(found, expected, strict=True):
         assert entry == pytest.approx(other, rel=1e-3, abs=1e-5)
     weights = (load_file(tmp_path / name / "weights.safetensors") for name in ("two", "one"))

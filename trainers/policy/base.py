@@ -14,7 +14,7 @@ from ...losses.policy.groups import group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
 from ..statistics import Pass, backbone, last_mlp, observe
 from .objective import PolicyObjective
-from .record import MULTIMODAL_KEYS, Generation, RolloutRecord, ScoredBatch, round_up
+from .record import MULTIMODAL_KEYS, Generation, RolloutRecord, ScoredBatch
 
 # Source hashes of the TRL methods whose inner workings this family relies on; tests/policy/test_pinned.py
 PINNED = {}
@@ -264,6 +264,7 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
             self.collect_statistics(record, self._old_pass or self._make_old_pass(record))
         if train:
             self.select(record, scored)
+        record.validate()
         self._count(record)
         self.prepare_objective(record)
         record.validate(values=self.args.check_records)
@@ -330,18 +331,20 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
         total = scored.rewards.shape[0] // size
         kept, spare = _Pool(), _Pool()
         sampled_rewards = scored.sampled_rewards
-        round = 0
+        round, wanted = 0, total
         while True:
             rows = gather_object(generation.rows())
-            for group in range(keep.numel()):
+            for group in range(wanted):
                 (kept if keep[group] else spare).add(rows, scored, group, size)
             round += 1
             if len(kept) >= total or round > self.refill_rounds():
                 break
-            count = min(total, round_up(total - len(kept), world))
-            while count * size % world:
-                count += 1
-            indices = self.choose_prompts(count, round)
+            indices = self.choose_prompts(total - len(kept), round)
+            wanted = len(indices)
+            # Ranks generate equally many rows. What only fills them up is dropped, so that the result is the same
+            # however many ranks there are
+            while len(indices) * size % world:
+                indices = [*indices, indices[0]]
             inputs = self._dataset_rows(indices)
             prompts = [row["prompt"] for row in inputs]
             generation = Generation.from_trl(inputs, prompts, super()._generate(prompts))

@@ -1,6 +1,5 @@
 """The records that policy stages pass on. Their contract is stated and checked here, once."""
 
-import math
 from dataclasses import dataclass, field, fields
 from enum import IntEnum
 from typing import Any
@@ -294,8 +293,3 @@ def _expect(name: str, value: torch.Tensor, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}, expected {' or '.join(map(str, shapes))}.")
     if value.requires_grad:
         raise ValueError(f"`{name}` carries gradient; a record holds data only.")
-
-
-def round_up(count: int, multiple: int) -> int:
-    """Smallest multiple of `multiple` that is at least `count`."""
-    return math.ceil(count / multiple) * multiple

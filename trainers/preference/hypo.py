@@ -119,8 +119,9 @@ class HypoDPOTrainer(PreferenceTrainer):
     ...     report_to="none", disable_tqdm=True,
     ... )
     >>> trainer = HypoDPOTrainer(model, deepcopy(model), args, train_dataset=dataset, processing_class=tokenizer)
-    >>> trainer.train().global_step
-    1
+    >>> trainer.train()
+    {'train_runtime': ..., 'completions/mean_length': ...}
+    TrainOutput(global_step=1, ...)
 
     ```
     """

@@ -84,8 +84,9 @@ class LnDPOTrainer(PreferenceTrainer):
     >>> dataset = Dataset.from_dict({"prompt": ["1+1="] * 8, "chosen": ["2"] * 8, "rejected": ["2222"] * 8})
     >>> args = LnDPOConfig("/tmp/ln_dpo", max_steps=1, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
     >>> trainer = LnDPOTrainer(model, deepcopy(model), args, train_dataset=dataset, processing_class=tokenizer)
-    >>> trainer.train().global_step
-    1
+    >>> trainer.train()
+    {'train_runtime': ..., 'rewards/normalized_margins': '0', 'length_norm/divisor': '3.5', ...}
+    TrainOutput(global_step=1, ...)
 
     ```
     """

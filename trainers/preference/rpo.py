@@ -82,8 +82,9 @@ class RpoDPOTrainer(PreferenceTrainer):
     >>> dataset = Dataset.from_dict({"prompt": ["1+1="] * 8, "chosen": ["2"] * 8, "rejected": ["3"] * 8})
     >>> args = RpoDPOConfig("/tmp/rpo", max_steps=1, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
     >>> trainer = RpoDPOTrainer(model, deepcopy(model), args, train_dataset=dataset, processing_class=tokenizer)
-    >>> trainer.train().global_step
-    1
+    >>> trainer.train()
+    {'train_runtime': ..., 'loss/pair': '0.6931', 'loss/rpo_nll': ...}
+    TrainOutput(global_step=1, ...)
 
     ```
     """

@@ -48,7 +48,6 @@ def keep_adapter(model: PeftModel) -> None:
     weights = {name: w.clone() for name, w in get_peft_model_state_dict(model, adapter_name=active).items()}
     model.add_adapter(REFERENCE_ADAPTER, deepcopy(model.peft_config[active]))
     set_peft_model_state_dict(model, weights, adapter_name=REFERENCE_ADAPTER)
-    model.set_adapter(active)
 
 
 @contextmanager

