@@ -1,11 +1,13 @@
 """Program of `test_distributed`: short runs of several methods whose weights and logs go to a folder."""
 
+import gc
 import hashlib
 import json
 import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import save_file
 
 from papertrl.catalogue import load_trainer
@@ -34,27 +36,34 @@ def keyed_completions(self, prompt_ids, *args, **kwargs):
 
 
 def run(folder: Path, model: str, world: int) -> None:
-    for label, (names, values) in RUNS.items():
-        trainer_class = compose(*map(load_trainer, names))
-        trainer_class = type(trainer_class.__name__, (trainer_class,), {"_generate_single_turn": keyed_completions})
-        args = active_config(
-            trainer_class,
-            names,
-            folder / label,
-            **values,
-            per_device_train_batch_size=16 // world,
-            gradient_accumulation_steps=1,
-            optim="sgd",
-            learning_rate=0.1,
-            max_steps=4,
-        )
-        trainer = trainer_class(model, [digit_parity], args, train_dataset=dataset("policy"))
-        trainer.train()
-        if trainer.accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(weights(trainer), folder / f"{label}.safetensors")
-            (folder / f"{label}.json").write_text(json.dumps(history(trainer)))
-    trainer.accelerator.end_training()
+    for label in RUNS:
+        run_one(folder, model, world, label)
+    # While a wrapped model is alive, ending the process group can block for ever
+    gc.collect()
+    PartialState().destroy_process_group()
+
+
+def run_one(folder: Path, model: str, world: int, label: str) -> None:
+    names, values = RUNS[label]
+    trainer_class = compose(*map(load_trainer, names))
+    trainer_class = type(trainer_class.__name__, (trainer_class,), {"_generate_single_turn": keyed_completions})
+    args = active_config(
+        trainer_class,
+        names,
+        folder / label,
+        **values,
+        per_device_train_batch_size=16 // world,
+        gradient_accumulation_steps=1,
+        optim="sgd",
+        learning_rate=0.1,
+        max_steps=4,
+    )
+    trainer = trainer_class(model, [digit_parity], args, train_dataset=dataset("policy"))
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(weights(trainer), folder / f"{label}.safetensors")
+        (folder / f"{label}.json").write_text(json.dumps(history(trainer)))
 
 
 if __name__ == "__main__":
