@@ -18,8 +18,8 @@ IGNORED_BELOW = 0.01
 @method_config
 class AsftSFTConfig(SupervisedConfig):
     """
-    Configuration of [`AsftSFTTrainer`]: that of [`~trl.SFTConfig`], whose learning rate of 2e-5 is also the paper's,
-    and the fields below.
+    Configuration of [`AsftSFTTrainer`]: that of [`~trl.SFTConfig`], whose learning rate of 2e-5 is also that of
+    the authors' code, and the fields below.
     """
 
     anchor_coef: float = method_field(
