@@ -63,6 +63,10 @@ def dataset(family: str) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]})
 
 
+# With these off, a policy trainer makes its parent's passes over its parent's micro-batches, to the bit
+PLAIN = {"share_prompts": False, "group_batches": False, "skip_zero_rows": False}
+
+
 def settings(family: str, output_dir, **values) -> dict[str, Any]:
     ours = {k: v for k, v in FAMILY[family].items() if k != "check_records"}
     return {"output_dir": str(output_dir), "max_steps": 3} | COMMON | ours | values

@@ -109,14 +109,8 @@ def observe(module: nn.Module, which: Pass, inputs: bool = False):
         handle.remove()
 
 
-@contextmanager
-def lm_head(model: nn.Module):
-    """
-    Yield `(weight, bias, logit_scale, softcap)` of the LM head, gathered if it is sharded.
-
-    `logit_scale` and `softcap` are what the architecture applies to its logits, in this order.
-    """
-    model = causal_lm(model)
+def logit_transform(model: nn.Module) -> tuple[float, float | None]:
+    """`logit_scale` and `softcap` that the architecture applies to its logits, in this order."""
     config = model.config.get_text_config()
     scale = next(
         (
@@ -129,9 +123,16 @@ def lm_head(model: nn.Module):
     if scale is None:
         scaling = getattr(config, "logits_scaling", None) or 1.0
         scale = scaling if config.model_type == "hyperclovax" else 1.0 / scaling
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
+@contextmanager
+def lm_head(model: nn.Module):
+    """Yield `(weight, bias, logit_scale, softcap)` of the LM head, gathered if it is sharded."""
+    model = causal_lm(model)
     head = model.get_output_embeddings()
     weight, bias = head.weight, head.bias
     if isinstance(weight, DTensor):
         weight, bias = weight.full_tensor(), None if bias is None else bias.full_tensor()
     with maybe_gather_lm_head_ctx(weight, bias):
-        yield weight, bias, scale, getattr(config, "final_logit_softcapping", None)
+        yield weight, bias, *logit_transform(model)

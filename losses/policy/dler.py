@@ -121,15 +121,15 @@ def merge_updates(
         raise ValueError(f"`base` and `tuned` differ in names or shapes: {sorted(different)[:5]}.")
     deltas = {n: tuned[n].float() - base[n].float() for n in base if base[n].is_floating_point()}
 
-    def cut(values: Tensor) -> Tensor:
+    def cut(parts: list[Tensor]) -> Tensor | float:
+        values = torch.cat([part.flatten() for part in parts]).abs() if parts else torch.zeros(0)
         count = math.ceil(keep_ratio * values.numel())
-        return torch.kthvalue(values.abs(), values.numel() - count + 1).values
+        return torch.kthvalue(values, values.numel() - count + 1).values if count else 0.0
 
     if scope == "global":
-        threshold = cut(torch.cat([delta.flatten() for delta in deltas.values()]))
-        cuts = dict.fromkeys(deltas, threshold)
+        cuts = dict.fromkeys(deltas, cut(list(deltas.values())))
     else:
-        cuts = {name: cut(delta.flatten()) for name, delta in deltas.items()}
+        cuts = {name: cut([delta]) for name, delta in deltas.items()}
     merged = {
         name: (base[name].float() + scale * delta * (delta.abs() >= cuts[name])).to(base[name].dtype)
         for name, delta in deltas.items()

@@ -66,4 +66,5 @@ def prefill_signal(
 
 
 def _units(vectors: Tensor, mask: Tensor) -> Tensor:
-    return torch.nn.functional.normalize(vectors.float(), dim=-1) * mask.unsqueeze(-1)
+    # Padding may hold anything, NaN included
+    return torch.nn.functional.normalize(vectors.float(), dim=-1).masked_fill(mask.unsqueeze(-1) == 0, 0.0)

@@ -18,8 +18,8 @@ from papertrl.losses.policy.d3s import (
     token_scores,
 )
 
-from ..suite import settings
-from .runs import distributions, gradients, metric, run, sampled
+from ..suite import dataset, settings
+from .runs import distributions, gradients, make, metric, run, sampled
 
 advantage = st.floats(-3, 3, allow_subnormal=False) | st.sampled_from([0.0, 0.0, 1.0, -1.0])
 
@@ -186,15 +186,15 @@ def test_what_a_run_keeps(scope, policy_path, tmp_path):
         groups = [scores] if scope == "batch" else [{k: v for k, v in scores.items() if k[0] == i} for i in rows]
         expected = set()
         for group in groups:
-            count = max(1, round(token_ratio * len(group)))
-            expected |= set(sorted(group, key=lambda k, group=group: -group[k])[:count])
+            last = sorted(group.values(), reverse=True)[max(1, round(token_ratio * len(group))) - 1]
+            # Rollouts of one prompt begin alike: tokens that tie with the last one are kept with it
+            expected |= {k for k, score in group.items() if score >= last - 1e-5}
         assert kept == expected
 
         # Attention still covers every completion; the counts are those of what is left
         assert batch["completion_mask"].sum(1).tolist() == scored.lengths.tolist()
         assert batch["num_items_in_batch"] == len(expected) and batch["num_rows_in_batch"] == size
-    assert metric(trainer, "d3s/dropped_rollouts") == [12 - n for n in seen] and min(metric(
-        trainer, "d3s/dropped_rollouts")) > 0  # fmt: skip
+    assert metric(trainer, "d3s/dropped_rollouts") == [12 - n for n in seen]
     after, before = metric(trainer, "d3s/advantage_variance_after"), metric(trainer, "d3s/advantage_variance_before")
     assert all(a > b for a, b in zip(after, before, strict=True))
     assert seen[0] < seen[1] < seen[2]
@@ -217,7 +217,8 @@ def test_gradient_is_that_of_what_was_kept(loss_type, policy_path, tmp_path):
 
     trainer.model.load_state_dict(model.state_dict())
     trainer.current_gradient_accumulation_steps = 2
-    total = sum(trainer._compute_loss(trainer.model, inputs) for inputs, _, _ in trainer.micro_batches)
+    batches = [inputs for inputs, _, _ in trainer.micro_batches]
+    total = sum(trainer._compute_loss(trainer.model, inputs) for inputs in batches)
     for name, gradient in gradients(total, trainer.model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-5)
 
@@ -235,7 +236,8 @@ def test_a_group_without_signal_takes_no_share_of_the_tokens(policy_path, tmp_pa
     flat = scored.advantages == 0
     assert 4 <= int(flat.sum()) < 12
     assert batch["loss_mask"][flat].sum() == 0
-    assert batch["num_items_in_batch"] == round(0.1 * int(batch["completion_mask"].sum()))
+    share = round(0.1 * int(batch["completion_mask"].sum()))
+    assert share <= batch["num_items_in_batch"] <= share + 3
 
 
 def test_inside_groups_every_prompt_stays(policy_path, tmp_path):
@@ -257,9 +259,6 @@ def test_without_a_learning_signal_the_loss_is_zero(reward, policy_path, tmp_pat
 
 
 def test_evaluation_takes_everything(policy_path, tmp_path):
-    from ..suite import dataset
-    from .runs import make
-
     trainer = make(D3sGRPOTrainer, policy_path, tmp_path, **BATCH, per_device_eval_batch_size=8)
     assert math.isfinite(trainer.evaluate(dataset("policy").select(range(4)))["eval_loss"])
     for _, batch, _, _ in trainer.generations:

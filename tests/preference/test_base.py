@@ -3,12 +3,13 @@
 import pytest
 import torch
 from datasets import IterableDataset
-from papertrl.losses.preference.pair_losses import PAIR_LOSSES
-from papertrl.trainers.preference.base import PreferenceConfig, PreferenceTrainer
-from papertrl.trainers.preference.record import PreferenceRecord
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig
+
+from papertrl.losses.preference.pair_losses import PAIR_LOSSES
+from papertrl.trainers.preference.base import PreferenceConfig, PreferenceTrainer
+from papertrl.trainers.preference.record import PreferenceRecord
 
 from .common import (
     assert_same_tensors,

@@ -3,9 +3,11 @@
 import doctest
 import importlib
 import itertools
+from importlib.resources import files
 
 import pytest
 import torch
+import yaml
 from datasets import IterableDataset
 from peft import LoraConfig
 from trl import DPOConfig
@@ -184,3 +186,11 @@ def test_example_in_the_docstring_runs(name):
     found = runner.run(examples[0], out=report.append)
     assert found.attempted > 5
     assert found.failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_recipe_holds_fields_of_the_config(name, tmp_path):
+    recipe = yaml.safe_load((files("papertrl.recipes") / f"{name}.yaml").read_text())
+    assert recipe.pop("method") == name
+    config = METHODS[name].config_class(str(tmp_path), use_cpu=True, **recipe)
+    assert all(getattr(config, key) == value for key, value in recipe.items() if key != "report_to")

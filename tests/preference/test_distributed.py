@@ -7,76 +7,73 @@ from pathlib import Path
 
 import pytest
 import torch
-
-WORKER = """
-import sys
-
-import torch
 from datasets import disable_progress_bars
 
 from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
 from papertrl.tiny import tiny_tokenizer
-from preference.common import history, make_trainer, weights
 
-torch.set_num_threads(1)
-disable_progress_bars()
-tiny_path, out, world = sys.argv[1], sys.argv[2], int(sys.argv[3])
-token_mean = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
-online = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
-runs = {
+from .common import history, make_trainer, weights
+
+TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
+ONLINE = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
+RUNS = {
     "dpo": (PreferenceTrainer, {"loss_type": ["sigmoid", "hinge"]}),
-    "rpo": (RpoDPOTrainer, {**token_mean, "gradient_accumulation_steps": 2}),
-    "hypo": (HypoDPOTrainer, online),
-    "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**token_mean, **online}),
+    "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
+    "hypo": (HypoDPOTrainer, ONLINE),
+    "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
-results = {}
-for name, (cls, options) in runs.items():
-    trainer = make_trainer(
-        cls, tiny_path, tiny_tokenizer(), out + name, per_device_train_batch_size=4 // world, optim="sgd",
-        learning_rate=0.1, max_grad_norm=0.0, **options,
-    )
-    start = weights(trainer)
-    trainer.train()
-    results[name] = {"start": start, "end": weights(trainer), "history": history(trainer)}
-if trainer.accelerator.is_main_process:
-    torch.save(results, out)
-"""
 
 
-def launch(world: int, tiny_path: str, folder: Path) -> dict:
-    """Run the worker on `world` processes, as a launcher would, and return what rank 0 saved."""
-    script, out = folder / "worker.py", folder / f"results_{world}.pt"
-    script.write_text(WORKER)
-    tests = str(Path(__file__).parent.parent)
-    common = os.environ | {"PYTHONPATH": os.pathsep.join([tests, os.environ.get("PYTHONPATH", "")])}
-    workers = []
-    for rank in range(world):
-        environment = dict(common)
-        if world > 1:
-            environment |= {"WORLD_SIZE": str(world), "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-        command = [sys.executable, str(script), tiny_path, str(out), str(world)]
-        log = open(folder / f"log_{world}_{rank}.txt", "w+")  # noqa: SIM115
-        workers.append((subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log), log))
-    try:
-        codes = [worker.wait(timeout=150) for worker, _ in workers]
-    finally:
-        for worker, _ in workers:
-            worker.kill()
-    for code, (_, log) in zip(codes, workers, strict=True):
-        log.seek(0)
-        assert code == 0, log.read()[-3000:]
-        log.close()
-    return torch.load(out, weights_only=True)
+def train(tiny_path: str, out: str, world: int) -> None:
+    """The runs, as one of `world` processes; the main one saves weights and logs to `out`."""
+    results = {}
+    for name, (cls, options) in RUNS.items():
+        trainer = make_trainer(
+            cls,
+            tiny_path,
+            tiny_tokenizer(),
+            f"{out}_{name}",
+            per_device_train_batch_size=4 // world,
+            optim="sgd",
+            learning_rate=0.1,
+            max_grad_norm=0.0,
+            **options,
+        )
+        start = weights(trainer)
+        trainer.train()
+        rows = [{k: v for k, v in row.items() if k != "total_flos"} for row in history(trainer)]
+        results[name] = {"start": start, "end": weights(trainer), "history": rows}
+    if trainer.accelerator.is_main_process:
+        torch.save(results, out)
 
 
 @pytest.fixture(scope="module")
 def results(tiny_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    return launch(1, tiny_path, folder), launch(2, tiny_path, folder)
+    root = Path(__file__).parents[len(__package__.split("."))]
+    paths = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    environment["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    command = [sys.executable, "-m", f"{__package__}.{Path(__file__).stem}", tiny_path, str(folder / "two")]
+    logs = [folder / f"rank_{rank}.txt" for rank in range(2)]
+    workers = []
+    try:
+        for rank, log in enumerate(logs):
+            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with log.open("w") as file:
+                workers.append(
+                    subprocess.Popen(command, env=environment | ranks, cwd=folder, stdout=file, stderr=file)
+                )
+        train(tiny_path, str(folder / "one"), world=1)
+        codes = [worker.wait(timeout=150) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert codes == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
+    return [torch.load(folder / name, weights_only=True) for name in ("one", "two")]
 
 
-@pytest.mark.parametrize("name", ["dpo", "rpo", "hypo", "all"])
+@pytest.mark.parametrize("name", RUNS)
 def test_two_processes_equal_one(name, results):
     one, two = (by_name[name] for by_name in results)
     for parameter, start in one["start"].items():
@@ -86,3 +83,9 @@ def test_two_processes_equal_one(name, results):
         assert (first - second).norm() < 1e-3 * first.norm(), parameter
     for one_row, two_row in zip(one["history"], two["history"], strict=True):
         assert two_row == pytest.approx(one_row, rel=1e-3, abs=1e-5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    disable_progress_bars()
+    train(sys.argv[1], sys.argv[2], world=2)

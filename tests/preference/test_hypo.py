@@ -6,14 +6,14 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from papertrl.losses.preference.hypo import online_kl_weights
-from papertrl.trainers.preference import hypo, sampling
-from papertrl.trainers.preference.base import PreferenceTrainer
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GenerationConfig
 from trl import DPOConfig, DPOTrainer
 
 from papertrl import HypoDPOConfig, HypoDPOTrainer
+from papertrl.losses.preference.hypo import online_kl_weights
+from papertrl.trainers.preference import hypo, sampling
+from papertrl.trainers.preference.base import PreferenceTrainer
 
 from .common import (
     assert_same_tensors,

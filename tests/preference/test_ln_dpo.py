@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from papertrl.losses.preference.ln_dpo import length_divisor
 from trl import DPOConfig, DPOTrainer
 
 from papertrl import LnDPOConfig, LnDPOTrainer
+from papertrl.losses.preference.ln_dpo import length_divisor
 
 from .common import (
     assert_same_tensors,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from papertrl.losses.preference.pair_losses import PAIR_LOSS_INPUTS, PAIR_LOSSES, call_pair_loss
 from papertrl.losses.preference.scores import divergence_score, sequence_logps, wpo_weights
 

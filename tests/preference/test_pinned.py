@@ -3,6 +3,7 @@ import importlib
 import inspect
 
 import pytest
+
 from papertrl.trainers.preference.base import PINNED
 
 

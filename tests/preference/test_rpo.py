@@ -5,11 +5,11 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from papertrl.losses.preference.rpo import sequence_nll
-from papertrl.trainers.preference.base import PreferenceTrainer
 from trl import DPOConfig, DPOTrainer
 
 from papertrl import RpoDPOConfig, RpoDPOTrainer
+from papertrl.losses.preference.rpo import sequence_nll
+from papertrl.trainers.preference.base import PreferenceTrainer
 
 from .common import (
     assert_same_tensors,

@@ -1,7 +1,5 @@
 """The policy family's base: `GRPOTrainer`, opened into stages that methods override."""
 
-from contextlib import ExitStack
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +10,9 @@ from trl import GRPOConfig
 from ...configuration import MethodConfigMixin, method_config, method_field
 from ...losses.policy.groups import group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
-from ..statistics import Pass, backbone, last_mlp, observe
-from .objective import PolicyObjective
-from .record import MULTIMODAL_KEYS, Generation, RolloutRecord, ScoredBatch
+from .batching import PolicyBatching
+from .record import Generation, RolloutRecord, ScoredBatch
+from .scoring import OldPass
 
 # Source hashes of the TRL methods whose inner workings this family relies on; tests/policy/test_pinned.py
 PINNED = {}
@@ -24,6 +22,20 @@ PINNED = {}
 class PolicyConfig(MethodConfigMixin, GRPOConfig):
     """Configuration of [`PolicyTrainer`]: that of [`~trl.GRPOTrainer`] and what every policy method shares."""
 
+    share_prompts: bool = method_field(
+        True,
+        "Whether each distinct prompt is computed once for all of its completions, and completions without their "
+        "padding. Same log-probabilities and gradients as TRL's, up to rounding.",
+    )
+    group_batches: bool = method_field(
+        True,
+        "Whether micro-batches are cut from shuffled groups instead of shuffled rows, so that prompts are shared.",
+    )
+    skip_zero_rows: bool = method_field(
+        True,
+        "Whether rows that add nothing to loss and gradient are left out of the update. Metrics of the update "
+        "(`entropy`, `clip_ratio/*`, `kl`) then cover the rows that are computed.",
+    )
     check_records: bool = method_field(
         False,
         "Whether to check the values of every rollout record, not only its shapes. For debugging: it waits for the "
@@ -31,27 +43,7 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
     )
 
 
-@dataclass
-class OldPass:
-    """
-    What the pass over finished rollouts, with the weights that sampled them, gave for this rank's rows.
-
-    Args:
-        logps (`torch.Tensor` of shape `(batch, time)`):
-            Log-probabilities of the completion tokens at the sampling temperature, in nats.
-        entropies (`torch.Tensor` of shape `(batch, time)`, *optional*), hidden_states (`torch.Tensor` of shape
-            `(batch, time, hidden)`, *optional*): at the positions that predict the completion tokens; if asked for.
-        mlp_inputs (`torch.Tensor` of shape `(batch, prompt_length + time, hidden)`, *optional*):
-            Input of the last layer's MLP at every position; if asked for.
-    """
-
-    logps: torch.Tensor
-    entropies: torch.Tensor | None
-    hidden_states: torch.Tensor | None
-    mlp_inputs: torch.Tensor | None
-
-
-class PolicyTrainer(MethodTrainer, PolicyObjective):
+class PolicyTrainer(MethodTrainer, PolicyBatching):
     """
     [`~trl.GRPOTrainer`] whose step is a sequence of stages. By itself it trains exactly as its parent does.
 
@@ -110,9 +102,9 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
                 f"Methods {self._needs_map_style} choose or refill prompts, which `environment_factory` does not "
                 "support: an environment owns its prompts. Leave one of the two out."
             )
-        self._capture_old_pass = False
-        self._old_pass: OldPass | None = None
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        self._set_up_scoring()
+        self._set_up_batching()
         if self._needs_map_style and self._is_vlm:
             raise ValueError(f"Methods {self._needs_map_style} support text models only, got a vision-language model.")
 
@@ -185,15 +177,6 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
         else:
             std = group_std(rewards, scored.group_ids)
         return centered / (std + 1e-4)
-
-    def old_pass_needs(self) -> frozenset[str]:
-        """
-        Stage *statistics*, first half: what [`collect_statistics`] needs of the pass over the rollouts.
-
-        Any of `"logps"`, `"entropy"`, `"hidden_states"`, `"mlp_inputs"`. One pass serves all methods, and TRL itself
-        where it makes one; with no needs there is no extra pass.
-        """
-        return frozenset()
 
     def collect_statistics(self, record: RolloutRecord, old_pass: OldPass) -> None:
         """Stage *statistics*, second half: put per-token or per-row values into `record.statistics`."""
@@ -377,46 +360,6 @@ class PolicyTrainer(MethodTrainer, PolicyObjective):
         for _ in range(min(len(advantages), len(logged))):
             logged.pop()
         logged.extend(advantages.tolist())
-
-    # --- The pass over the rollouts -----------------------------------------------------------------------------
-
-    def _trl_makes_old_pass(self) -> bool:
-        generate_every = self.args.steps_per_generation * self.num_iterations
-        return self.args.gradient_accumulation_steps % generate_every != 0 or (
-            self.use_vllm and self.vllm_importance_sampling_correction
-        )
-
-    def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        if not self._capture_old_pass:
-            return super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        # TRL makes the old pass before any other one
-        self._capture_old_pass = False
-        needs = self.old_pass_needs()
-        with ExitStack() as observers:
-            hidden = mlp = None
-            if "hidden_states" in needs:
-                hidden = observers.enter_context(observe(backbone(model), Pass.OLD))
-            if "mlp_inputs" in needs:
-                mlp = observers.enter_context(observe(last_mlp(self.model), Pass.OLD, inputs=True))
-            kwargs["compute_entropy"] = "entropy" in needs
-            logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
-        time = logps.shape[1]
-        self._old_pass = OldPass(logps, entropies, hidden and hidden.hidden_states(time), mlp and mlp.hidden_states())
-        return logps, entropies, aux_loss
-
-    @torch.no_grad()
-    def _make_old_pass(self, record: RolloutRecord) -> OldPass:
-        train = self.model.training
-        self._capture_old_pass = True
-        self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([record.prompt_ids, record.completion_ids], dim=1),
-            torch.cat([record.prompt_mask, record.completion_mask], dim=1),
-            record.completion_ids.size(1),
-            batch_size=self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size,
-            **{key: record.multimodal[key] for key in MULTIMODAL_KEYS if key in record.multimodal},
-        )
-        return self._old_pass
 
     # --- State --------------------------------------------------------------------------------------------------
 

@@ -12,9 +12,10 @@ from ...losses.policy.d3s import (
     token_scores,
 )
 from ..method import Method
-from .base import OldPass, PolicyConfig, PolicyTrainer
+from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .record import RolloutRecord, ScoredBatch
+from .scoring import OldPass
 
 
 @method_config

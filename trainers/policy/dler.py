@@ -55,6 +55,11 @@ class DlerGRPOConfig(PolicyConfig):
         "k2", "Divergence estimate weighted by `beta`; the released code has k3.", choices=("k2", "k3")
     )
     beta: float = method_field(5e-4, "Weight of the divergence to the reference. See `kl_estimator`.", ge=0)
+    use_bias_correction_kl: bool = method_field(
+        False,
+        "Whether to multiply the divergence by the ratio. k2 has the gradient of the reverse KL as it is; k3 has it "
+        "only with this correction.",
+    )
     epsilon_high: float | None = method_field(0.28, "Upper clip range of the ratio.", ge=0, optional=True)
     delta: float | None = method_field(
         10.0, "Bound of the ratio where the advantage is negative (dual clip).", gt=1, optional=True

@@ -1,5 +1,6 @@
 """GAIN-RL on GRPO."""
 
+import math
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from ...losses.policy.gain_rl import mean_pairwise_cosine, prefill_signal
 from ...samplers.prompts.angle_curriculum import AngleCurriculum
 from ..method import Method
 from ..statistics import Pass, last_mlp, observe
-from .base import OldPass, PolicyConfig, PolicyTrainer
+from .base import PolicyConfig, PolicyTrainer
 from .record import RolloutRecord, ScoredBatch
+from .scoring import OldPass
 
 
 @method_config
@@ -31,7 +33,9 @@ class GainRlGRPOConfig(PolicyConfig):
     gain_alpha_acc: float = method_field(2.0, "Sensitivity to accuracy.", gt=0)
     gain_alpha_angle: float = method_field(2.0, "Sensitivity to angle concentration.", gt=0)
     gain_beta: float = method_field(0.5, "β, target accuracy.", ge=0, le=1)
-    gain_shift_min: float = method_field(0.0, "Smallest move of the window in one round, in prompts.")
+    gain_shift_min: float = method_field(
+        0.0, "Smallest move of the window in one round, in prompts; below 0 it can move back.", gt=-math.inf
+    )
     gain_shift_max: float = method_field(1000.0, "Largest move of the window in one round.", gt=0)
     gain_subset_size: int | None = method_field(
         None, "Prompts per round. `None` takes one generation batch; the released TRL variant has 256.", ge=1
@@ -207,8 +211,8 @@ class GainRlGRPOTrainer(PolicyTrainer):
             for i in range(3)
         )
         mask = pad([torch.ones(len(row[0]), dtype=torch.long) for row in rows], padding_value=0, padding_side="left")
-        with observe(last_mlp(self.model), Pass.PREFILL, inputs=True) as observed:
-            self._get_per_token_logps_and_entropies(self.model, ids, mask.to(device), logits_to_keep=1)
+        with observe(last_mlp(self.model), Pass.PREFILL, inputs=True) as observed, self.accelerator.autocast():
+            self.model(input_ids=ids, attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
         return prefill_signal(observed.hidden_states(), prefix, question, self.args.gain_inter_weight)
 
     def _segments(self, prompt: Any) -> tuple[list[int], list[int], list[int]]:
@@ -218,9 +222,10 @@ class GainRlGRPOTrainer(PolicyTrainer):
         if is_conversational({"prompt": prompt}):
             template = {"chat_template": self.chat_template, "tokenize": True, "return_dict": False}
             template |= self.chat_template_kwargs
-            closed = self._tokenizer.apply_chat_template(prompt, **template)
-            last = common_prefix_length(ids, closed)
-            if len(prompt) > 1:
-                first = common_prefix_length(ids, self._tokenizer.apply_chat_template(prompt[:-1], **template))
+            template["tools"] = self.tools or None
+            last = common_prefix_length(ids, self._tokenizer.apply_chat_template(prompt, **template))
+            # What stands before any question, a system prompt that the template adds included
+            unasked = [*prompt[:-1], {**prompt[-1], "content": ""}]
+            first = min(last, common_prefix_length(ids, self._tokenizer.apply_chat_template(unasked, **template)))
         places = range(len(ids))
         return ids, [int(i < first) for i in places], [int(first <= i < last) for i in places]

@@ -3,6 +3,7 @@
 import torch
 
 from ...configuration import method_config, method_field
+from ...losses.policy.groups import group_std
 from ...losses.policy.lite_ppo import reward_mean
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
@@ -94,6 +95,6 @@ class LitePpoGRPOTrainer(PolicyTrainer):
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
         advantages = super().scale(scored, rewards, centered)
         if self.scale_rewards == "batch":
-            self.log_metric("lite_ppo/batch_std", rewards[~rewards.isnan()].std())
+            self.log_metric("lite_ppo/batch_std", group_std(rewards, torch.zeros_like(scored.group_ids))[0])
             self.log_metric("lite_ppo/max_abs_advantage", torch.nan_to_num(advantages).abs().max())
         return advantages

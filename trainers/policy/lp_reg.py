@@ -14,9 +14,10 @@ from ...losses.policy.lp_reg import (
 from ..method import Method
 from ..statistics import lm_head
 from ..terms import LossTerm
-from .base import OldPass, PolicyConfig, PolicyTrainer
+from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
 from .record import RolloutRecord
+from .scoring import OldPass
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 

@@ -121,20 +121,13 @@ class PolicyObjective(GRPOTrainer):
         return loss
 
     def _policy_statistics(self, model, record: RolloutRecord) -> PolicyStatistics:
-        logps, entropies, aux_loss = self._get_per_token_logps_and_entropies(
-            model,
-            torch.cat([record.prompt_ids, record.completion_ids], dim=1),
-            torch.cat([record.prompt_mask, record.completion_mask], dim=1),
-            record.completion_ids.size(1),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **record.multimodal,
-        )
+        logps, entropies, aux_loss = self._loss_scores(model, record)
         entropy_mask = None
         if self.top_entropy_quantile < 1.0:
             entropy_mask = self.get_high_entropy_mask(entropies, record.loss_mask, 1 - self.top_entropy_quantile)
         old_logps = logps.detach() if record.old_per_token_logps is None else record.old_per_token_logps
-        log_ratio = logps - old_logps
+        # Tokens outside the loss may not have been scored
+        log_ratio = (logps - old_logps) * record.loss_mask
         ratio = torch.exp(log_importance_weights(log_ratio, record.loss_mask, self.importance_sampling_level))
         return PolicyStatistics(logps, entropies, log_ratio, ratio, old_logps, entropy_mask, aux_loss)
 
@@ -233,9 +226,10 @@ class PolicyObjective(GRPOTrainer):
             else:
                 self.log_mean(name, (values * mask).sum(), mask.sum())
 
-        def row_means(values: torch.Tensor) -> torch.Tensor:
+        def extreme(reduce, values: torch.Tensor) -> torch.Tensor:
             means = values.squeeze(1) if values.shape[1] == 1 else (values * mask).sum(-1) / mask.sum(-1)
-            return self.accelerator.gather(means)
+            # Ranks may hold different numbers of rows
+            return reduce(self.accelerator.gather(reduce(means)))
 
         log_token_mean("entropy", stats.entropies)
         if self.loss_type in CLIPPED:
@@ -244,8 +238,8 @@ class PolicyObjective(GRPOTrainer):
             high = ((ratio > 1 + self.epsilon_high) & (advantages > 0)).float()
             for name, clipped in (("low", low), ("high", high), ("region", torch.maximum(low, high))):
                 log_token_mean(f"clip_ratio/{name}_mean", clipped)
-            self.log_metric("clip_ratio/low_min", nanmin(row_means(low)))
-            self.log_metric("clip_ratio/high_max", nanmax(row_means(high)))
+            self.log_metric("clip_ratio/low_min", extreme(nanmin, low))
+            self.log_metric("clip_ratio/high_max", extreme(nanmax, high))
         elif self.loss_type == "cispo":
             log_token_mean("cispo_clip_ratio", ((stats.ratio > self.epsilon_high) & (advantages > 0)).float())
         elif self.loss_type == "vespo":

@@ -281,12 +281,12 @@ class PreferenceTrainer(MethodTrainer, DPOTrainer):
                 term.values = term.values * weights
         extra_terms = self.extra_terms(model, record)
 
-        loss = self.reduce_terms(pair_losses)
+        loss = pair_loss = self.reduce_terms(pair_losses)
         if record.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * record.aux_loss
         if extra_terms:
-            self.log_metric("loss/pair", self.accelerator.reduce(loss.detach(), reduction="mean"))
             loss = loss + self.reduce_terms(extra_terms)
+            self.log_mean("loss/pair", pair_loss, torch.ones_like(pair_loss))
             for term in extra_terms:
                 self.log_mean(f"loss/{term.name}", term.sum(), term.count())
         self._log_tokens(record)
@@ -315,14 +315,13 @@ class PreferenceTrainer(MethodTrainer, DPOTrainer):
             terms (`list[LossTerm]`):
                 The same names on every rank.
         """
+        loss = sum(term.values.mean() * term.coef for term in terms if term.mask is None)
         masked = [term for term in terms if term.mask is not None]
-        counts = {}
         if masked:
-            total = self.accelerator.reduce(torch.stack([term.count() for term in masked]), reduction="sum")
-            counts = dict(zip(map(id, masked), total.clamp(min=1) / self.accelerator.num_processes, strict=True))
-        return sum(
-            (term.sum() / counts[id(term)] if id(term) in counts else term.values.mean()) * term.coef for term in terms
-        )
+            counts = self.accelerator.reduce(torch.stack([term.count().float() for term in masked]), reduction="sum")
+            counts = counts.clamp(min=1.0) / self.accelerator.num_processes
+            loss = loss + sum(term.sum() / count * term.coef for term, count in zip(masked, counts, strict=True))
+        return loss
 
     # --- Metrics ------------------------------------------------------------------------------------------------
 

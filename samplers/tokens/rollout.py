@@ -1,0 +1,362 @@
+"""Group rollouts on the transformers backend: one prefill per prompt, and finished rows leave the decoding batch."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.cache_utils import DynamicLayer
+from transformers.generation import GenerationMode, StoppingCriteriaList
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
+
+from .cache import GrowingLayer
+
+# A model that has its own version of one of these generates in a way that the loop below does not know
+_STANDARD = (
+    "generate",
+    "prepare_inputs_for_generation",
+    "_sample",
+    "_prefill",
+    "_prepare_cache_for_generation",
+    "_prepare_position_ids_for_generation",
+    "_update_model_kwargs_for_generation",
+)
+# Options of `GenerationConfig` that change how tokens are drawn, with the values that do not
+_NEUTRAL = {
+    "cache_implementation": (None, "dynamic"),
+    "use_cache": (None, True),
+    "num_return_sequences": (None, 1),
+    "guidance_scale": (None, 1, 1.0),
+    "token_healing": (None, False),
+    "prefill_chunk_size": (None,),
+    "watermarking_config": (None,),
+}
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """
+    Sampled completions, grouped by prompt in the order of the prompts.
+
+    Args:
+        completion_ids (`list[list[int]]`):
+            Tokens of each completion, up to and including the one that ended it (end-of-sequence, or the last of a
+            stop string); never padding.
+        logprobs (`list[list[float]]`):
+            Log-probability of each of these tokens, in nats, under the processed (tempered, filtered, penalized)
+            distribution.
+        prefill_tokens (`int`):
+            Prompt positions that went through the model, padding included.
+        decode_row_steps (`int`):
+            Completion positions that went through the model: rows in the decoding batch, summed over its steps.
+    """
+
+    completion_ids: list[list[int]]
+    logprobs: list[list[float]]
+    prefill_tokens: int
+    decode_row_steps: int
+
+
+def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> str | None:
+    """
+    Why [`sample_rollouts`] cannot stand in for `model.generate`, or `None` if it can.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Unwrapped model in the state in which it would generate: TRL's `unwrap_model_for_generation` switches
+            gradient checkpointing off, so that the question is to be asked inside of it.
+        generation_config ([`~transformers.GenerationConfig`]):
+            What `generate` would be called with.
+    """
+    if isinstance(model, PeftModel):
+        if (reason := _peft_reason(model)) is not None:
+            return reason
+        model = model.get_base_model()
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or not model.can_generate():
+        return f"`{name}` is not a transformers model that generates"
+    if model.config.is_encoder_decoder:
+        return f"`{name}` is an encoder-decoder"
+    if model.is_remote_code():
+        return f"`{name}` is remote code"
+    if "past_key_values" not in _forward_arguments(model) or not model._supports_default_dynamic_cache():
+        return f"the forward of `{name}` takes no `past_key_values`"
+    for method in _STANDARD:
+        if inspect.getattr_static(type(model), method) is not inspect.getattr_static(GenerationMixin, method):
+            return f"`{name}` has its own `{method}`"
+    layers = DynamicCache(config=model.config).layers
+    unusual = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
+    if unusual or not layers:
+        return f"the cache of `{name}` has layers of type {', '.join(unusual) or 'unknown'}"
+    if model.is_activation_checkpointing and model.training:
+        return "gradient checkpointing is on, with which the layers keep no cache"
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    if sharded and distributed and torch.distributed.get_world_size() > 1:
+        return "the model is sharded, so that every rank must take the same number of decoding steps"
+    return _config_reason(model._prepare_generation_config(generation_config)[0])
+
+
+def _peft_reason(model: PeftModel) -> str | None:
+    configs = [model.peft_config[adapter] for adapter in model.active_adapters]
+    if any(config.is_prompt_learning for config in configs):
+        return "the adapter is of the prompt-learning kind, which adds to the cache"
+    if any(isinstance(config, LoraConfig) and config.alora_invocation_tokens is not None for config in configs):
+        return "the adapter is an activated LoRA, which depends on the position in the prompt"
+    if type(model.base_model).forward is not BaseTuner.forward:
+        return f"`{type(model.base_model).__name__}` has its own forward"
+    return None
+
+
+def _config_reason(config: GenerationConfig) -> str | None:
+    mode = config.get_generation_mode()
+    if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
+        return f"the generation mode is {mode.value.replace('_', ' ')}"
+    for option, neutral in _NEUTRAL.items():
+        if (value := getattr(config, option)) not in neutral:
+            return f"`{option}` is {value!r}"
+    if config.pad_token_id is None and config.eos_token_id is None:
+        return "neither `pad_token_id` nor `eos_token_id` is set"
+    return None
+
+
+def _forward_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model.forward).parameters
+
+
+@torch.no_grad()
+def sample_rollouts(
+    model: torch.nn.Module,
+    prompt_ids: list[list[int]],
+    counts: list[int],
+    generation_config: GenerationConfig,
+    *,
+    processors: LogitsProcessorList | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    compact_at: float = 0.125,
+) -> Rollouts:
+    """
+    Sample several completions of each prompt, by the law of `model.generate`.
+
+    Each prompt goes through the model once; its keys and values are then copied to all of its rows. A row leaves the
+    decoding batch some steps after it has finished, when enough have to pay for the copy. Scores are processed, and
+    rows stopped, by the very processors and criteria that `generate` builds from the config. As long as no row has
+    left, the random numbers are those of `generate` too: the same seed gives the same tokens (up to rounding).
+
+    Where dropout is active, the completions of one prompt see it processed with the same dropout noise; each on its
+    own still follows the law of `generate`.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Unwrapped model for which [`supported`] has no objection; runs in its own dtype and mode.
+        prompt_ids (`list[list[int]]`):
+            Prompts, each with at least one token.
+        counts (`list[int]`):
+            Completions of each prompt.
+        generation_config ([`~transformers.GenerationConfig`]):
+            As for `generate`; options that it leaves open are the model's, then transformers' defaults.
+        processors ([`~transformers.LogitsProcessorList`], *optional*):
+            Further processors, in the place that `generate` gives them. They see the rows still in the batch: each
+            must treat a row by its tokens and scores alone.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
+            Needed for `stop_strings`.
+        compact_at (`float`, *optional*, defaults to `0.125`):
+            Fraction of the decoding batch that has finished at which finished rows leave; above 1, none ever do.
+
+    Returns:
+        [`Rollouts`]: `sum(counts)` rows, all completions of the first prompt, then all of the second, and so on.
+
+    Raises:
+        `ValueError`: if `counts` does not match `prompt_ids`, or a prompt is empty.
+    """
+    if len(counts) != len(prompt_ids) or any(count < 0 for count in counts):
+        raise ValueError(f"`counts` must be one number >= 0 per prompt ({len(prompt_ids)} of them), got {counts!r}.")
+    if not all(prompt_ids):
+        raise ValueError("Every prompt in `prompt_ids` must have at least one token, got an empty one.")
+    if sum(counts) == 0:
+        return Rollouts([], [], 0, 0)
+    if isinstance(model, PeftModel):
+        # Adapters are inside of it: what `PeftModel.generate` calls as well
+        model = model.get_base_model()
+
+    config = model._prepare_generation_config(generation_config)[0]
+    model._prepare_special_tokens(config, True, device=model.device)
+    prompts, mask = _left_pad(prompt_ids, config._pad_token_tensor, model.device)
+    width = prompts.shape[1]
+    _set_lengths(model, config, generation_config, prompts)
+    criteria = model._get_stopping_criteria(config, StoppingCriteriaList(), tokenizer)
+
+    forward = _Forward(model, mask, width, config.max_length)
+    logits = forward.prefill(prompts)
+    source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
+    logits = logits[source]
+    forward.select(source)
+    batch = _Batch.start(prompts[source], config)
+    finished = _Batch.start(prompts[source], config)
+
+    def build_processors() -> LogitsProcessorList:
+        # Some hold a value per row, hence anew whenever rows leave
+        return model._get_logits_processor(
+            config,
+            input_ids_seq_length=width,
+            encoder_input_ids=batch.sequences[:, :width],
+            logits_processor=processors,
+            device=model.device,
+            model_kwargs={"attention_mask": forward.prompt_mask},
+        )
+
+    process = build_processors()
+    row_steps = 0
+    with model._optimize_model_for_decode():
+        for end in range(width, config.max_length):
+            batch.append(process(batch.sequences[:, :end], logits), end, config)
+            batch.done |= criteria(batch.sequences[:, : end + 1], None)
+            rows, done = len(batch.done), int(batch.done.sum())
+            if done == rows:
+                break
+            if done >= compact_at * rows:
+                finished.write(batch)
+                kept = (~batch.done).nonzero().squeeze(1)
+                batch.select(kept)
+                forward.select(kept)
+                process = build_processors()
+            logits = forward.decode(batch.sequences[:, end : end + 1])
+            row_steps += len(batch.done)
+    finished.write(batch)
+    lengths = finished.lengths.tolist()
+    return Rollouts(
+        [row[:length] for row, length in zip(finished.sequences[:, width:].tolist(), lengths, strict=True)],
+        [row[:length] for row, length in zip(finished.logprobs[:, width:].tolist(), lengths, strict=True)],
+        prefill_tokens=prompts.numel(),
+        decode_row_steps=row_steps,
+    )
+
+
+def _left_pad(prompt_ids: list[list[int]], pad_token_id: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Prompts of shape `(prompts, width)`, and their attention mask where any position is padding."""
+    width = max(len(ids) for ids in prompt_ids)
+    prompts = pad_token_id.repeat(len(prompt_ids), width).cpu()
+    mask = torch.zeros(len(prompt_ids), width, dtype=torch.long)
+    for row, ids in enumerate(prompt_ids):
+        prompts[row, width - len(ids) :] = torch.tensor(ids)
+        mask[row, width - len(ids) :] = 1
+    return prompts.to(device), None if bool(mask.all()) else mask.to(device)
+
+
+def _set_lengths(
+    model: PreTrainedModel, config: GenerationConfig, given: GenerationConfig, prompts: Tensor
+) -> GenerationConfig:
+    """Resolve `max_length` and `min_length` of `config`, in place, from what the caller has `given`."""
+    default_max = given.max_length is None and model.generation_config.max_length is None
+    default_min = given.min_length is None and model.generation_config.min_length is None
+    width = prompts.shape[1]
+    model._prepare_generated_length(config, default_max, default_min, "input_ids", width, prompts)
+    model._validate_generated_length(config, width, default_max)
+    return config
+
+
+class _Batch:
+    """
+    Tokens of the rows being decoded. All tensors have these rows as their first dimension.
+
+    Args:
+        index: rows among all rows.
+        sequences, logprobs: `(rows, max_length)`, tokens of prompt and completion, log-probabilities.
+        lengths: completion tokens so far.
+        done: whether the row has finished; its sequence then goes on with padding.
+    """
+
+    def __init__(self, index: Tensor, sequences: Tensor, logprobs: Tensor, lengths: Tensor, done: Tensor):
+        self.index, self.sequences, self.logprobs = index, sequences, logprobs
+        self.lengths, self.done = lengths, done
+
+    @classmethod
+    def start(cls, prompts: Tensor, config: GenerationConfig) -> "_Batch":
+        rows, width = prompts.shape
+        index = torch.arange(rows, device=prompts.device)
+        sequences = config._pad_token_tensor.repeat(rows, config.max_length)
+        sequences[:, :width] = prompts
+        logprobs = torch.zeros(sequences.shape, device=prompts.device)
+        return cls(index, sequences, logprobs, torch.zeros_like(index), torch.zeros_like(index, dtype=torch.bool))
+
+    def append(self, scores: Tensor, end: int, config: GenerationConfig) -> None:
+        """Draw the token at position `end` of every row from its processed `scores`."""
+        probabilities = scores.softmax(dim=-1)
+        if config.do_sample:
+            token = torch.multinomial(probabilities, num_samples=1)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        self.logprobs[:, end : end + 1] = probabilities.gather(1, token).log()
+        self.sequences[:, end] = torch.where(self.done, config._pad_token_tensor, token.squeeze(1))
+        self.lengths += ~self.done
+
+    def select(self, kept: Tensor) -> None:
+        """Keep the rows at `kept`."""
+        for name, tensor in vars(self).items():
+            setattr(self, name, tensor[kept])
+
+    def write(self, batch: "_Batch") -> None:
+        """Take over the rows of `batch`."""
+        for name, tensor in vars(self).items():
+            tensor[batch.index] = getattr(batch, name)
+
+
+class _Forward:
+    """The model with its cache: gives the next-token logits of every row, in float32."""
+
+    def __init__(self, model: PreTrainedModel, mask: Tensor | None, width: int, max_length: int):
+        self.model = model
+        self.width = width
+        self.cache = DynamicCache(config=model.config)
+        self.cache.layers = [GrowingLayer(limit=max_length - 1) for _ in self.cache.layers]
+        arguments = _forward_arguments(model)
+        self.takes_positions = "position_ids" in arguments
+        self.constants = {"use_cache": True, "past_key_values": self.cache}
+        if "logits_to_keep" in arguments:
+            self.constants["logits_to_keep"] = 1
+        # Without padding all rows share their positions, and the attention kernels need no mask
+        self.mask = None
+        if mask is not None:
+            self.mask = torch.nn.functional.pad(mask, (0, max_length - width), value=1)
+        self.positions = torch.tensor([[width - 1]], device=model.device) if mask is None else mask.sum(1, True) - 1
+
+    @property
+    def prompt_mask(self) -> Tensor | None:
+        return None if self.mask is None else self.mask[:, : self.width]
+
+    def prefill(self, prompts: Tensor) -> Tensor:
+        if self.mask is None:
+            positions = torch.arange(self.width, device=prompts.device).unsqueeze(0)
+        else:
+            positions = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)
+        return self._logits(prompts, positions)
+
+    def decode(self, token: Tensor) -> Tensor:
+        self.positions = self.positions + 1
+        return self._logits(token, self.positions)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep, or repeat, the rows at `rows`."""
+        self.cache.batch_select_indices(rows)
+        if self.mask is not None:
+            self.mask, self.positions = self.mask[rows], self.positions[rows]
+
+    def _logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        inputs = dict(self.constants, input_ids=input_ids)
+        if self.takes_positions:
+            inputs["position_ids"] = positions
+        if self.mask is not None:
+            inputs["attention_mask"] = self.mask[:, : self.cache.get_seq_length() + input_ids.shape[1]]
+        return self.model(**inputs).logits[:, -1].float()

@@ -1,0 +1,16 @@
+import pytest
+
+from papertrl import cli
+
+SMALL = (
+    "--max_steps 3 --logging_steps 1 --start_model_steps 5 --task_size 64 --held_out_prompts 8 --disable_tqdm "
+    "--per_device_train_batch_size 16 --num_generations 4 --save_steps 2"
+).split()
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """Output directory of one finished run of the default method, three steps long."""
+    output = tmp_path_factory.mktemp("small") / "run"
+    assert cli.main(["train", *SMALL, "--output_dir", str(output)]) == 0
+    return output

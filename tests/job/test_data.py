@@ -1,0 +1,98 @@
+import pytest
+from datasets import Dataset, DatasetDict
+
+from papertrl.arguments import JobArguments
+from papertrl.data import check_reward_columns, dataset_data, task_data, task_of
+from papertrl.errors import JobError
+from papertrl.rewards import checked, exact_match
+
+ROWS = Dataset.from_dict({"prompt": ["1+1=", "1+2=", "2+2="], "answer": ["2", "3", "4"]})
+
+
+@pytest.fixture(params=["json", "csv", "parquet", "disk", "disk_dict", "folder"])
+def path(request, tmp_path):
+    kind = request.param
+    if kind == "disk":
+        ROWS.save_to_disk(tmp_path / "data")
+        return tmp_path / "data"
+    if kind == "disk_dict":
+        DatasetDict({"train": ROWS, "test": ROWS.select([0])}).save_to_disk(tmp_path / "data")
+        return tmp_path / "data"
+    if kind == "folder":
+        (tmp_path / "data").mkdir()
+        ROWS.to_json(tmp_path / "data" / "train.json")
+        return tmp_path / "data"
+    file = tmp_path / f"rows.{kind}"
+    getattr(ROWS, f"to_{kind}")(file)
+    return file
+
+
+def test_every_kind_of_local_dataset(path):
+    data = dataset_data("policy", JobArguments(dataset_name=str(path)), [exact_match])
+    assert list(data.train["prompt"]) == list(ROWS["prompt"])
+    assert [str(a) for a in data.train["answer"]] == list(ROWS["answer"])
+    assert (data.problems is not None) == path.joinpath("dataset_dict.json").exists()
+
+
+def write(tmp_path, text, name="rows.jsonl"):
+    file = tmp_path / name
+    file.write_text(text)
+    return str(file)
+
+
+@pytest.mark.parametrize(
+    "family, text, parts",
+    [
+        ("policy", '{"question": "1+1", "answer": "2"}\n', ["`prompt`", "['answer', 'question']"]),
+        ("preference", '{"prompt": "a", "chosen": "b"}\n', ["`chosen` and `rejected`", "['chosen', 'prompt']"]),
+        ("supervised", '{"prompt": "a"}\n', ["`text`", "`prompt` and `completion`", "['prompt']"]),
+        ("policy", "", ["no rows"]),
+        ("policy", "no json", ["cannot be loaded"]),
+    ],
+)
+def test_unfit_files_are_refused(family, text, parts, tmp_path):
+    with pytest.raises(JobError) as error:
+        dataset_data(family, JobArguments(dataset_name=write(tmp_path, text)), [exact_match])
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_missing_files_splits_and_hub_ids_are_refused(tmp_path):
+    file = write(tmp_path, '{"prompt": "a"}\n')
+    for arguments, part in [
+        (JobArguments(dataset_name=str(tmp_path / "none.csv")), "there is no file"),
+        (JobArguments(dataset_name="nobody/nothing"), "'nobody/nothing' cannot be loaded"),
+    ]:
+        with pytest.raises(JobError, match=part):
+            dataset_data("policy", arguments, [exact_match])
+    DatasetDict({"validation": ROWS}).save_to_disk(tmp_path / "data")
+    with pytest.raises(JobError, match=r"no split 'train'; it has \['validation'\]"):
+        dataset_data("policy", JobArguments(dataset_name=str(tmp_path / "data")), [exact_match])
+    with pytest.raises(JobError, match="drop one"):
+        task_of(JobArguments(task="addition", dataset_name=file))
+
+
+def test_columns_that_rewards_read():
+    check_reward_columns([checked(exact_match)], ROWS, "rows")
+    with pytest.raises(JobError, match=r"'exact_match' reads the dataset column `answer`.*\['prompt'\]"):
+        check_reward_columns([checked(exact_match)], ROWS.select_columns("prompt"), "rows")
+
+
+@pytest.mark.parametrize("chat", [False, True])
+@pytest.mark.parametrize("family", ["policy", "preference", "supervised"])
+def test_views_of_a_task(family, chat):
+    arguments = JobArguments(task_size=30, held_out_prompts=10)
+    data = task_data(task_of(arguments), family, arguments, seed=0, chat=chat)
+    assert len(data.train) == 30 and len(data.problems) == 10
+    texts = {"policy": "prompt", "preference": "rejected", "supervised": "completion"}
+    assert isinstance(data.train[texts[family]][0], list if chat else str)
+    assert isinstance(data.problems["prompt"][0], list if chat else str)
+    assert isinstance(data.problems["answer"][0], str)
+
+
+def test_empty_task_is_refused():
+    arguments = JobArguments(task_size=0)
+    with pytest.raises(JobError, match="`task_size` must be at least 1"):
+        task_data(task_of(arguments), "policy", arguments, seed=0, chat=False)
+    none_held_out = JobArguments(task_size=5, held_out_prompts=0)
+    assert task_data(task_of(none_held_out), "policy", none_held_out, seed=0, chat=False).problems is None

@@ -1,0 +1,78 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from papertrl import cli
+
+from .conftest import SMALL
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_leaves_everything(small_run):
+    model = AutoModelForCausalLM.from_pretrained(small_run)
+    start = AutoModelForCausalLM.from_pretrained(small_run / "start_model")
+    tokenizer = AutoTokenizer.from_pretrained(small_run)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), start.parameters(), strict=True))
+    assert tokenizer.decode(model.generate(**tokenizer("1+1=", return_tensors="pt"), max_new_tokens=2)[0])
+    lines = [json.loads(line) for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines][:4] == [0, 1, 2, 3]
+    assert "held_out/accuracy" in lines[0] and all("held_out/accuracy" in line for line in lines[1:4])
+    assert "lp_reg/mean_kept_mass" in lines[1] and "reward" in lines[1]
+    assert (small_run / "training_curves.png").read_bytes()[:4] == b"\x89PNG"
+    card = (small_run / "README.md").read_text()
+    assert "2510.03222" in card and "held-out accuracy" in card and "training_curves.png" in card
+    samples = (small_run / "samples.md").read_text()
+    assert samples.count("Before (score") == samples.count("After (score") == 8
+
+
+@pytest.mark.parametrize("methods", [["rpo"], ["asft"], ["gain_rl", "dler"]])
+def test_other_families_and_combinations(methods, tmp_path, capsys):
+    size = ["--per_device_train_batch_size", "4"] if methods[0] in ("rpo", "asft") else []
+    flags = [flag for flag in SMALL if not size or flag not in ("--num_generations", "4")]
+    assert cli.main(["train", "--methods", *methods, *flags, *size, "--max_steps", "2", "--output_dir", "out"]) == 0
+    out = capsys.readouterr().out
+    for name in ("model.safetensors", "README.md", "metrics.jsonl", "training_curves.png", "samples.md"):
+        assert f"out/{name}" in out and (tmp_path / "out" / name).exists()
+    assert "Held-out accuracy (greedy, 8 prompts)" in out
+
+
+def test_default_output_dirs_are_numbered_and_lora_is_saved(tmp_path, capsys):
+    for number in (1, 2):
+        assert cli.main(["train", *SMALL, "--max_steps", "1", "--use_peft", "--lora_target_modules", "q_proj"]) == 0
+        assert (tmp_path / "runs" / f"lp_reg-addition-{number}" / "adapter_model.safetensors").exists()
+
+
+def test_resume_gives_the_same_model_and_metrics(small_run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(small_run, copy)
+    shutil.rmtree(copy / "checkpoint-3")
+    (copy / "model.safetensors").unlink()
+    flags = [*SMALL, "--output_dir", str(copy), "--resume_from_checkpoint", str(copy / "checkpoint-2")]
+    assert cli.main(["train", *flags]) == 0
+    first, second = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (small_run, copy))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [json.loads(line)["step"] for line in (small_run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_processes(tmp_path):
+    code = "import sys; from papertrl.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = tmp_path / "train.py"
+    script.write_text(code)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
+    command += ["train", *SMALL, "--max_steps", "2", "--output_dir", "out"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=170)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stdout.count("Held-out accuracy (greedy, 8 prompts)") == 1
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps[:3] == [0, 1, 2]

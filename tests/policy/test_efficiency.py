@@ -1,0 +1,236 @@
+"""Less work, the same gradient: shared prompts, rows without effect, micro-batches of whole groups."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MambaConfig, Qwen2Config
+from trl import GRPOConfig, GRPOTrainer
+
+from papertrl.catalogue import load_trainer
+from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
+from papertrl.trainers.policy.scoring import shared_inputs
+from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets, why_not_shared
+
+from ..suite import active_config, build, dataset, digit_parity, settings, weights
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
+
+
+def random_batch(prompts=(3, 5, 1), group=3, time=6, seed=0):
+    """Rows in TRL's layout, their prompts' lengths and ragged completions; values of padding are arbitrary."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(prompts) + 2
+    rows = len(prompts) * group
+    ids = torch.randint(0, 50, (rows, width + time), generator=generator)
+    mask = torch.zeros_like(ids)
+    lengths = torch.randint(1, time + 1, (rows,), generator=generator)
+    for i in range(rows):
+        prompt = prompts[i // group]
+        ids[i, width - prompt : width] = ids[i // group * group, width - prompt : width]
+        mask[i, width - prompt : width + lengths[i]] = 1
+    return ids, mask, width
+
+
+def make_model(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).train()
+
+
+def plain_scores(model, ids, mask, width, temperature):
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, width - 1 : -1] / temperature
+    logps = torch.log_softmax(logits.float(), dim=-1)
+    entropy = -(logps.exp() * logps).sum(-1)
+    return logps.gather(-1, ids[:, width:, None]).squeeze(-1), entropy
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Qwen2Config(**SIZES, **HEADS),
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+    ],
+    ids=["rotary", "learned-positions"],
+)
+@pytest.mark.parametrize("share", [1.0, 0.4], ids=["all-tokens", "some-tokens"])
+def test_shared_prompts_give_log_probs_and_gradients_of_the_plain_forward(config, share):
+    ids, mask, width = random_batch()
+    labels = mask[:, width:].bool() & (torch.rand(mask[:, width:].shape, generator=torch.manual_seed(1)) < share)
+    weight = torch.randn(labels.shape, generator=torch.manual_seed(2)) * labels
+    plain, shared = make_model(config), make_model(config)
+    expected, expected_entropy = plain_scores(plain, ids, mask, width, 0.7)
+    (expected * weight + 0.1 * expected_entropy * weight).sum().backward()
+    add_shared_prefix(shared, temperature=0.7)
+    out = shared(**shared_inputs(ids, mask, labels))
+    time = out.log_probs.shape[1]
+    (out.log_probs * weight[:, :time] + 0.1 * out.entropy * weight[:, :time]).sum().backward()
+    torch.testing.assert_close(out.log_probs, (expected * labels)[:, :time], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.entropy, (expected_entropy * labels)[:, :time], rtol=1e-5, atol=1e-5)
+    for (name, got), want in zip(shared.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_padding_cannot_leak_into_shared_scores():
+    ids, mask, width = random_batch()
+    model = make_model(Qwen2Config(**SIZES, **HEADS))
+    add_shared_prefix(model)
+    labels = mask[:, width:].bool()
+    noise = torch.where(mask.bool(), ids, (ids + 7) % 50)
+    one, other = (model(**shared_inputs(x, mask, labels)).log_probs for x in (ids, noise))
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_nothing_to_score_is_a_connected_zero():
+    ids, mask, width = random_batch()
+    model = make_model(Qwen2Config(**SIZES, **HEADS))
+    add_shared_prefix(model)
+    out = model(**shared_inputs(ids, mask, torch.zeros_like(mask[:, width:]).bool()))
+    out.log_probs.sum().backward()
+    assert out.log_probs.abs().sum() == 0 and all((p.grad == 0).all() for p in model.parameters())
+
+
+def test_plain_calls_and_generation_are_untouched():
+    ids, mask, _ = random_batch()
+    model = make_model(Qwen2Config(**SIZES, **HEADS)).eval()
+    before = model(input_ids=ids, attention_mask=mask).logits
+    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
+    add_shared_prefix(model)
+    assert (model(input_ids=ids, attention_mask=mask).logits == before).all()
+    assert (model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False) == tokens).all()
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Qwen2Config(**SIZES, **HEADS), None),
+        (Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1), "types"),
+        (Gemma2Config(**SIZES, **HEADS, head_dim=8, sliding_window=4), "types"),
+        (MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4), "recurrent|cache"),
+    ],
+    ids=["plain", "sliding", "hybrid", "no-cache"],
+)
+def test_models_that_cannot_share_are_told_why(config, reason):
+    import re
+
+    found = why_not_shared(make_model(config))
+    assert found is None if reason is None else re.search(reason, found)
+
+
+@given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
+def test_length_buckets_partition_rows_and_save_padding(lengths):
+    buckets = length_buckets(lengths)
+    assert sorted(row for bucket in buckets for row in bucket) == list(range(len(lengths)))
+    firsts = [lengths[bucket[0]] for bucket in buckets]
+    assert all(lengths[row] <= first for bucket, first in zip(buckets, firsts, strict=True) for row in bucket)
+    padded = sum(len(bucket) * first for bucket, first in zip(buckets, firsts, strict=True))
+    assert padded <= len(lengths) * max(lengths)
+
+
+def gradient(trainer, batches):
+    trainer.model.zero_grad()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    loss = sum(trainer.compute_loss(trainer.model, dict(batch)) for batch in batches)
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, *[{"loss_type": loss} for loss in ("grpo", "dr_grpo", "luspo", "cispo", "sapo")], {"beta": 0.1}],
+    ids=lambda o: "+".join(f"{k}={v}" for k, v in o.items()) or "default",
+)
+def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
+    """The same rollouts through TRL's trainer and ours; one group has no variance."""
+
+    def reward(prompts, completions, **kwargs):
+        return [1.0 if p[0] in "2468" else s for p, s in zip(prompts, digit_parity(completions), strict=True)]
+
+    values = settings("policy", tmp_path, per_device_train_batch_size=8, num_generations=4, **options)
+    theirs = GRPOTrainer(policy_path, reward, GRPOConfig(**values), train_dataset=dataset("policy"))
+    theirs.model.train()
+    rows = [row for i in (1, 2, 5, 8) for row in [theirs.train_dataset[i]] * 4]
+    torch.manual_seed(5)
+    batch = theirs._generate_and_score_completions(rows)
+    zero = (batch["advantages"] == 0).float().mean()
+    assert 0 < zero < 1
+    halves = [{k: v[s] if v.dim() else v for k, v in batch.items()} for s in (slice(0, 8), slice(8, 16))]
+    expected_loss, expected = gradient(theirs, halves)
+
+    ours = PolicyTrainer(policy_path, reward, PolicyConfig(**values), train_dataset=dataset("policy"))
+    assert ours._shares_prompts and ours._regroups
+    ours.model.train()
+    torch.manual_seed(5)
+    ours._generate_single_turn = lambda *a, _rows=batch, **k: (
+        [
+            ids[: int(n)].tolist()
+            for ids, n in zip(_rows["completion_ids"], _rows["completion_mask"].sum(1), strict=True)
+        ],
+        None,
+    )
+    ours._prepare_inputs(rows)
+    assert sum(len(b["advantages"]) for b in ours._buffered_inputs) == (16 if options.get("beta") else 16 * (1 - zero))
+    loss, found = gradient(ours, ours._buffered_inputs)
+    torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+    scale = max(g.abs().max() for g in expected.values())
+    assert scale > 1e-2
+    for name, value in found.items():
+        assert (value - expected[name]).abs().max() <= 1e-5 * scale, name
+
+
+def test_a_batch_without_effect_still_runs_every_micro_batch(policy_path, tmp_path):
+    def constant(completions, **kwargs):
+        return [1.0] * len(completions)
+
+    args = PolicyConfig(**settings("policy", tmp_path))
+    trainer = PolicyTrainer(policy_path, constant, args, train_dataset=dataset("policy"))
+    before = weights(trainer)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    # Of eight rows, one stands in for each of the two micro-batches
+    assert all(entry["rows/skipped_fraction"] == 0.75 and entry["loss"] == 0 for entry in logs)
+    assert all((before[key] == value).all() for key, value in weights(trainer).items())
+
+
+def test_micro_batches_hold_whole_groups_and_every_row_once(policy_path, tmp_path):
+    values = settings("policy", tmp_path, per_device_train_batch_size=8, num_generations=4, skip_zero_rows=False)
+    args = PolicyConfig(**values, steps_per_generation=4)
+    trainer = PolicyTrainer(policy_path, digit_parity, args, train_dataset=dataset("policy"))
+    trainer.model.train()
+    trainer._prepare_inputs([row for i in range(8) for row in [trainer.train_dataset[i]] * 4])
+    groups = [batch["group_ids"].tolist() for batch in trainer._buffered_inputs]
+    assert [len(g) for g in groups] == [8] * 4 and all(len(set(g)) == 2 for g in groups)
+    assert sorted(group for batch in groups for group in batch) == sorted(list(range(8)) * 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"loss_type": "bnpo"}, "averages over the micro-batch"),
+        ({"top_entropy_quantile": 0.5}, "compares the tokens of a micro-batch"),
+        ({"entropy_coef": 0.1}, "entropy bonus"),
+        ({"gradient_accumulation_steps": 3, "steps_per_generation": 2}, "end at different places"),
+        ({"gradient_checkpointing": True}, "turns the cache off"),
+    ],
+    ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
+)
+def test_what_cannot_be_regrouped_or_shared_is_logged_and_trains_as_in_trl(
+    options, reason, policy_path, tmp_path, caplog
+):
+    args = PolicyConfig(**settings("policy", tmp_path, **options))
+    trainer = build(PolicyTrainer, "policy", policy_path, args)
+    assert reason in caplog.text
+    trainer.train()
+
+
+@pytest.mark.parametrize("values", [{"bf16": True}, {"peft": True}, {"num_iterations": 2, "beta": 0.05}])
+def test_trains_with_sharing_under(values, policy_path, tmp_path):
+    values = dict(values)
+    peft = {"peft_config": LoraConfig(r=4, target_modules="all-linear")} if values.pop("peft", False) else {}
+    trainer_class = load_trainer("lp_reg")
+    args = active_config(trainer_class, ["lp_reg"], tmp_path, **values)
+    trainer = build(trainer_class, "policy", policy_path, args, **peft)
+    assert trainer._shares_prompts
+    trainer.train()
+    assert all(value.isfinite().all() for value in weights(trainer).values())

@@ -1,0 +1,191 @@
+"""How the policy family scores completions: one pass per distinct prompt, and the pass over finished rollouts."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from accelerate.logging import get_logger
+
+from ..shared_prefix import SharedPrefix, add_shared_prefix, why_not_shared
+from ..statistics import Pass, backbone, causal_lm, last_mlp, observe
+from .objective import PolicyObjective
+from .record import MULTIMODAL_KEYS, RolloutRecord
+
+logger = get_logger(__name__)
+
+
+@dataclass
+class OldPass:
+    """
+    What the pass over finished rollouts, with the weights that sampled them, gave for this rank's rows.
+
+    Args:
+        logps (`torch.Tensor` of shape `(batch, time)`):
+            Log-probabilities of the completion tokens at the sampling temperature, in nats.
+        entropies (`torch.Tensor` of shape `(batch, time)`, *optional*), hidden_states (`torch.Tensor` of shape
+            `(batch, time, hidden)`, *optional*): at the positions that predict the completion tokens; if asked for.
+        mlp_inputs (`torch.Tensor` of shape `(batch, prompt_length + time, hidden)`, *optional*):
+            Input of the last layer's MLP at every position; if asked for.
+    """
+
+    logps: torch.Tensor
+    entropies: torch.Tensor | None
+    hidden_states: torch.Tensor | None
+    mlp_inputs: torch.Tensor | None
+
+
+class PolicyScoring(PolicyObjective):
+    """Passes of policy and reference over completions. The log-probabilities are TRL's; the work is less."""
+
+    def old_pass_needs(self) -> frozenset[str]:
+        """
+        Stage *statistics*, first half: what `collect_statistics` needs of the pass over the rollouts.
+
+        Any of `"logps"`, `"entropy"`, `"hidden_states"`, `"mlp_inputs"`. One pass serves all methods, and TRL itself
+        where it makes one; with no needs there is no extra pass.
+        """
+        return frozenset()
+
+    def _set_up_scoring(self) -> None:
+        self._capture_old_pass = False
+        self._old_pass: OldPass | None = None
+        self._shares_prompts = False
+        if not self.args.share_prompts:
+            return
+        reason = self._why_not_shared()
+        if reason is not None:
+            logger.warning(f"Prompts are computed once per completion, as in TRL: {reason}.")
+            return
+        self._shares_prompts = True
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                add_shared_prefix(causal_lm(model), self.temperature, self.args.cast_lm_head_to_fp32)
+
+    def _why_not_shared(self) -> str | None:
+        if self.args.gradient_checkpointing:
+            return "gradient checkpointing turns the cache off that would hold them (`gradient_checkpointing=False`)"
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            return "sharded parameters are gathered once per forward, and sharing takes several"
+        return why_not_shared(self.model)
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        # While a capture is due, the first pass is the one over the rollouts: TRL makes it before any other
+        capture, self._capture_old_pass = self._capture_old_pass, False
+        needs = self.old_pass_needs() if capture else frozenset()
+        compute_entropy = compute_entropy or "entropy" in needs
+        plain = kwargs.get("compute_aux_loss") or any(kwargs.get(key) is not None for key in MULTIMODAL_KEYS)
+        hidden = mlp = None
+        if self._shares_prompts and not plain and "mlp_inputs" not in needs:
+            labels = attention_mask[:, -logits_to_keep:].bool()
+            logps, entropies, hidden = self._score_shared(model, input_ids, attention_mask, labels, batch_size)
+            aux_loss = None
+        else:
+            with ExitStack() as observers:
+                if "hidden_states" in needs:
+                    hidden = observers.enter_context(observe(backbone(model), Pass.OLD))
+                if "mlp_inputs" in needs:
+                    mlp = observers.enter_context(observe(last_mlp(self.model), Pass.OLD, inputs=True))
+                logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(
+                    model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **kwargs
+                )
+            hidden, mlp = hidden and hidden.hidden_states(logits_to_keep), mlp and mlp.hidden_states()
+        if capture:
+            self._old_pass = OldPass(logps, entropies, hidden, mlp)
+        return logps, entropies if compute_entropy else None, aux_loss
+
+    def _loss_scores(self, model, record: RolloutRecord):
+        """Log-probabilities, entropies and auxiliary loss of the gradient-carrying pass over a micro-batch."""
+        input_ids = torch.cat([record.prompt_ids, record.completion_ids], dim=1)
+        attention_mask = torch.cat([record.prompt_mask, record.completion_mask], dim=1)
+        if self._shares_prompts and not record.multimodal and not self.aux_loss_enabled:
+            logps, entropies, _ = self._score_shared(model, input_ids, attention_mask, record.loss_mask.bool())
+            return logps, entropies, None
+        return self._get_per_token_logps_and_entropies(
+            model,
+            input_ids,
+            attention_mask,
+            record.completion_ids.size(1),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **record.multimodal,
+        )
+
+    def _score_shared(self, model, input_ids, attention_mask, labels, batch_size=None):
+        """Log-probabilities, entropies `(rows, time)` and hidden states of the tokens in `labels`, a bool mask."""
+        size = batch_size or input_ids.shape[0]
+        outputs = []
+        for start in range(0, input_ids.shape[0], size):
+            rows = slice(start, start + size)
+            with self.accelerator.autocast():
+                outputs.append(model(**shared_inputs(input_ids[rows], attention_mask[rows], labels[rows])))
+        time = labels.shape[1]
+
+        def collect(name):
+            parts = [getattr(output, name) for output in outputs]
+            # Each chunk ends with its longest row
+            parts = [torch.cat([p, p.new_zeros(p.shape[0], time - p.shape[1], *p.shape[2:])], dim=1) for p in parts]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+        return collect("log_probs"), collect("entropy"), collect("hidden_states")
+
+    def _trl_makes_old_pass(self) -> bool:
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        return self.args.gradient_accumulation_steps % generate_every != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )
+
+    @torch.no_grad()
+    def _make_old_pass(self, record: RolloutRecord) -> OldPass:
+        train = self.model.training
+        self._capture_old_pass = True
+        self._get_per_token_logps_and_entropies(
+            self.model,
+            torch.cat([record.prompt_ids, record.completion_ids], dim=1),
+            torch.cat([record.prompt_mask, record.completion_mask], dim=1),
+            record.completion_ids.size(1),
+            batch_size=self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size,
+            **record.multimodal,
+        )
+        return self._old_pass
+
+
+def shared_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict:
+    """
+    Model inputs that score the completions in TRL's layout with each distinct prompt computed once.
+
+    Args:
+        input_ids, attention_mask (`torch.Tensor` of shape `(rows, prompt_length + time)`):
+            Prompts padded on the left, then completions padded on the right.
+        labels (`torch.Tensor` of shape `(rows, time)`, bool):
+            Completion tokens to score.
+
+    Returns:
+        `dict` for a model with [`~papertrl.trainers.shared_prefix.add_shared_prefix`]. Columns that are padding in
+        every row are cut off; positions are those of the uncut layout, as in TRL.
+    """
+    prompt_length = input_ids.shape[1] - labels.shape[1]
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    prompt_mask = attention_mask[:, :prompt_length]
+    # One transfer for everything that decides on shapes
+    *lengths, widest = torch.cat([(labels * places).amax(1), prompt_mask.sum(1).amax().view(1)]).tolist()
+    time, first = max(1, *lengths), prompt_length - widest
+    prompt_mask = prompt_mask[:, first:]
+    keyed = input_ids[:, first:prompt_length].masked_fill(prompt_mask == 0, -1)
+    distinct, index = torch.unique(keyed, dim=0, return_inverse=True)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
+    completion = slice(prompt_length, prompt_length + time)
+    return {
+        "input_ids": input_ids[:, completion],
+        "attention_mask": attention_mask[:, completion],
+        "position_ids": positions[:, completion],
+        "shared_prefix": SharedPrefix(
+            input_ids=distinct.clamp(min=0),
+            attention_mask=(distinct >= 0).to(attention_mask.dtype),
+            position_ids=positions[:, first:prompt_length],
+            index=index,
+            label_mask=labels[:, :time],
+            lengths=lengths,
+        ),
+    }
