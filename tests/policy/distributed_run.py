@@ -15,13 +15,15 @@ from papertrl.trainers.method import compose
 
 from ..suite import active_config, dataset, digit_parity, history, weights
 
-LOOSE = {"truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
+EVERY_ROW = {"skip_zero_rows": False}
+LOOSE = EVERY_ROW | {"truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
 RUNS = {
-    "lite_ppo": (["lite_ppo"], {}),
+    "lite_ppo": (["lite_ppo"], EVERY_ROW),
     "combined": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE),
     # A group of eight lies on two ranks
     "straddling": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE | {"num_generations": 8}),
-    "intra_group": (["d3s"], {"d3s_scope": "intra_group", "loss_type": "grpo"}),
+    "intra_group": (["d3s"], EVERY_ROW | {"d3s_scope": "intra_group", "loss_type": "grpo"}),
+    "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
 

@@ -87,7 +87,8 @@ class PolicyBatching(PolicyScoring):
                 # Every rank runs equally many micro-batches: rows without effect stand in
                 rows = torch.cat([rows, window[~computed[window]][: count - len(rows)]])
             batches += list(rows.tensor_split(count))
-        self.log_metric("rows/skipped_fraction", 1.0 - sum(map(len, batches)) / len(order))
+        skipped = torch.tensor([len(order) - sum(map(len, batches)), len(order)], device=self.accelerator.device)
+        self.log_mean("rows/skipped_fraction", *skipped)
         return batches
 
     @staticmethod

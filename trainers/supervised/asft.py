@@ -110,7 +110,7 @@ class AsftSFTTrainer(SupervisedTrainer):
         neutral={"anchor_coef": 0.0, "dft_weight_power": 0.0},
         signal="asft/kl_to_ref",
     )
-    _tag_names = ["trl", "sft", "asft"]
+    _tag_names = ["trl", "papertrl", "sft", "asft"]
     _name = "ASFT"
     _paper = {
         "title": "Anchored Supervised Fine-Tuning",
