@@ -150,41 +150,33 @@ FIRING = {
 }
 
 
-def loss_by_hand(trainer, micro_batch, model, batches, old_model):
-    """
-    Loss of a micro-batch and its protected tokens, from the method card.
-
-    `batches` are all micro-batches of the generation batch, `old_model` is the one that sampled it.
-    """
+def loss_by_hand(trainer, micro_batch, model, generation):
+    """Loss of a micro-batch under `model`, and its protected tokens, from the method card."""
     args = trainer.args
-    eligible, old = [], {}
-    for number, batch in enumerate(batches):
-        old[number] = distributions(old_model, batch, args.temperature).exp()
-        log_old = sampled(old[number].log(), batch)
-        for i, row in enumerate(batch["loss_mask"].tolist()):
-            for t, valid in enumerate(row):
-                if valid and (args.lp_reg_scope == "all_tokens" or batch["advantages"][i] < 0):
-                    eligible.append(log_old[i, t].item())
+    _, whole, old_model, _ = generation
+    log_old = sampled(distributions(old_model, whole, args.temperature), whole)
+    eligible = [
+        log_old[i, t].item()
+        for i, t in whole["loss_mask"].nonzero().tolist()
+        if args.lp_reg_scope == "all_tokens" or whole["advantages"][i] < 0
+    ]
     delta = sorted(eligible)[max(1, int(args.lp_reg_rho * len(eligible))) - 1] if eligible else -math.inf
-    number = next(n for n, batch in enumerate(batches) if batch is micro_batch)
+    old = distributions(old_model, micro_batch, args.temperature).exp()
     logps = sampled(distributions(model, micro_batch, args.temperature), micro_batch)
-    loss, protected = 0.0, []
-    for i, row in enumerate(micro_batch["loss_mask"].tolist()):
+    loss, protected = 0.0 * logps.sum(), []
+    for i, t in micro_batch["loss_mask"].nonzero().tolist():
         advantage = micro_batch["advantages"][i].item()
-        for t, valid in enumerate(row):
-            if not valid:
-                continue
-            p, token = old[number][i, t], micro_batch["completion_ids"][i, t].item()
-            ratio = torch.exp(logps[i, t] - p[token].log())
-            log_q = proxy_by_hand(p.tolist(), token, args.lp_reg_kappa, args.lp_reg_filter == "min_p")
-            low = logps[i, t].item() <= delta + 1e-6
-            if advantage < 0 and low and log_q is not None and logps[i, t].item() < log_q - 1e-6:
-                d = log_q - logps[i, t]
-                loss = loss - advantage * ratio + args.lp_reg_beta * torch.clamp(torch.exp(d) - d - 1, -10, 10)
-                protected.append((i, t))
-            else:
-                held = torch.clamp(ratio, 1 - args.epsilon, 1 + args.epsilon_high)
-                loss = loss + torch.max(-advantage * ratio, -advantage * held)
+        p, token = old[i, t], micro_batch["completion_ids"][i, t].item()
+        ratio = torch.exp(logps[i, t] - p[token].log())
+        log_q = proxy_by_hand(p.tolist(), token, args.lp_reg_kappa, args.lp_reg_filter == "min_p")
+        low = logps[i, t].item() <= delta + 1e-6
+        if advantage < 0 and low and log_q is not None and logps[i, t].item() < log_q - 1e-6:
+            d = log_q - logps[i, t]
+            loss = loss - advantage * ratio + args.lp_reg_beta * torch.clamp(torch.exp(d) - d - 1, -10, 10)
+            protected.append((i, t))
+        else:
+            held = torch.clamp(ratio, 1 - args.epsilon, 1 + args.epsilon_high)
+            loss = loss + torch.max(-advantage * ratio, -advantage * held)
     return loss / micro_batch["num_items_in_batch"], protected
 
 
@@ -204,11 +196,7 @@ def test_loss_of_a_run_is_the_one_computed_by_hand(options, policy_path, tmp_pat
     counts = []
     for number, (batch, model, loss) in enumerate(trainer.micro_batches):
         # Two micro-batches a step, two steps a generation batch
-        first = number - number % 4
-        batches = [b for b, _, _ in trainer.micro_batches[first : first + 2]]
-        old_model = trainer.generations[number // 4][2]
-        same = batches[number % 2]
-        expected, protected = loss_by_hand(trainer, same, model, batches, old_model)
+        expected, protected = loss_by_hand(trainer, batch, model, trainer.generations[number // 4])
         assert loss.item() == pytest.approx(expected.item(), rel=1e-4, abs=1e-6)
         counts.append(len(protected))
     assert max(counts) > 0
@@ -227,7 +215,7 @@ def test_the_term_is_all_that_is_added_to_the_gradient(policy_path, tmp_path):
         trainer.args.lp_reg_beta = 0.0
         without = gradients(trainer._compute_loss(trainer.model, batch), trainer.model)
         trainer.args.lp_reg_beta = 0.7
-        _, protected = loss_by_hand(trainer, batch, trainer.model, batches, old_model)
+        _, protected = loss_by_hand(trainer, batch, trainer.model, trainer.generations[0])
         logps = sampled(distributions(trainer.model, batch, trainer.temperature), batch)
         p = distributions(old_model, batch, trainer.temperature).exp()
         penalty = logps.sum() * 0
