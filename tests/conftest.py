@@ -1,3 +1,4 @@
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ _hook = install_import_hook("papertrl.losses", "beartype.beartype")
 
 import pytest
 import torch
+from datasets import disable_progress_bars
 from hypothesis import settings
 
 from papertrl.tiny import tiny_model, tiny_tokenizer
@@ -52,3 +54,13 @@ def policy_path(tmp_path_factory, tokenizer):
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections():
+    """Trainers collect garbage several times per run: leave what the imports made out of it."""
+    disable_progress_bars()
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

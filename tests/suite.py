@@ -63,8 +63,9 @@ def dataset(family: str) -> Dataset:
     return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]})
 
 
-# With these off, a policy trainer makes its parent's passes over its parent's micro-batches, to the bit
+# With these off, a trainer makes its parent's passes over its parent's micro-batches, to the bit
 PLAIN = {"share_prompts": False, "group_batches": False, "skip_zero_rows": False}
+PLAIN_OF = {"policy": PLAIN, "preference": {"share_prompts": False}, "supervised": {}}
 
 
 def settings(family: str, output_dir, **values) -> dict[str, Any]:

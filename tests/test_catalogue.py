@@ -13,7 +13,7 @@ import papertrl
 from papertrl.catalogue import METHODS, class_stem, find, load_trainer, method_table
 from papertrl.trainers.method import compose
 
-from .suite import ACTIVE, PARENTS, PLAIN, active_config, build, history, methods_of, model_path, settings, weights
+from .suite import ACTIVE, PARENTS, PLAIN_OF, active_config, build, history, methods_of, model_path, settings, weights
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [pair for family in PARENTS for pair in itertools.combinations(methods_of(family), 2)]
@@ -64,8 +64,7 @@ def test_neutral_equals_trl(name, request, tmp_path):
     theirs = build(parent, family, model, parent_config(**settings(family, tmp_path / "trl")))
     theirs.train()
     args = ours.config_class.adopt(parent_config(**settings(family, tmp_path / "ours")))
-    plain = PLAIN if family == "policy" else {}
-    for field, value in (ours.method.neutral | plain).items():
+    for field, value in (ours.method.neutral | PLAIN_OF[family]).items():
         setattr(args, field, value)
     trainer = build(ours, family, model, args)
     trainer.train()

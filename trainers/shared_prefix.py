@@ -13,14 +13,19 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from trl.kernels import ChunkedLogProbFunction
 
-from .statistics import lm_head
+from .statistics import causal_lm, lm_head
 
+logger = get_logger(__name__)
+
+# In the order in which the kernel returns them
+_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _VOCAB_CHUNK = 32768
 _MAX_BUCKETS = 8
 # A further bucket has to save this many padded tokens to be worth the calls it adds
@@ -57,16 +62,14 @@ class SharedPrefix:
 class SharedPrefixOutput:
     """
     Args:
-        log_probs (`torch.Tensor` of shape `(rows, time)`):
-            Log-probability of the completion tokens in nats, with gradient; 0 where not scored.
-        entropy (`torch.Tensor` of shape `(rows, time)`):
-            Entropy of the next-token distribution in nats; 0 where not scored.
+        scores (`dict[str, torch.Tensor]`):
+            The fields of TRL's fused LM head that were asked for, `(rows, time)` each; 0 where not scored.
+            `"log_probs"`, in nats, and `"entropy"` carry gradient.
         hidden_states (`torch.Tensor` of shape `(rows, time, hidden)`):
             Final hidden states at the positions that predict the completion tokens; 0 where not run.
     """
 
-    log_probs: torch.Tensor
-    entropy: torch.Tensor
+    scores: dict[str, torch.Tensor]
     hidden_states: torch.Tensor
 
 
@@ -95,7 +98,12 @@ def why_not_shared(model: nn.Module) -> str | None:
     return None
 
 
-def add_shared_prefix(model: PreTrainedModel, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False) -> None:
+def add_shared_prefix(
+    model: PreTrainedModel,
+    temperature: float = 1.0,
+    cast_lm_head_to_fp32: bool = False,
+    outputs: tuple[str, ...] = ("log_probs", "entropy"),
+) -> None:
     """
     Let `model(input_ids, attention_mask, position_ids, shared_prefix=SharedPrefix(...))` score completions.
 
@@ -110,6 +118,8 @@ def add_shared_prefix(model: PreTrainedModel, temperature: float = 1.0, cast_lm_
             Temperature the logits are divided by.
         cast_lm_head_to_fp32 (`bool`, *optional*, defaults to `False`):
             Whether the head runs in float32, outside autocast.
+        outputs (`tuple[str, ...]`, *optional*, defaults to `("log_probs", "entropy")`):
+            Fields of [`SharedPrefixOutput`]'s scores; any of those of TRL's `add_fused_lm_head`.
     """
     plain_forward = model.forward
 
@@ -119,12 +129,83 @@ def add_shared_prefix(model: PreTrainedModel, temperature: float = 1.0, cast_lm_
             return plain_forward(*args, **kwargs)
         inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")}
         hidden = _hidden_states(self.base_model, shared_prefix, **inputs)
-        log_probs, entropy = _score(
-            self, hidden, inputs["input_ids"], shared_prefix.label_mask, temperature, cast_lm_head_to_fp32
-        )
-        return SharedPrefixOutput(log_probs, entropy, hidden)
+        mask, labels = shared_prefix.label_mask, inputs["input_ids"]
+        scores = _score(self, hidden[mask], labels[mask], temperature, cast_lm_head_to_fp32, outputs)
+        # Connected to the model even if nothing is scored
+        full = {name: value.new_zeros(mask.shape).masked_scatter(mask, value) for name, value in scores.items()}
+        return SharedPrefixOutput(full, hidden)
 
     model.forward = types.MethodType(forward, model)
+
+
+class SharesPrompts:
+    """Mixin of the family bases that can share prompts: decides, and says why where it does not."""
+
+    def _set_up_sharing(self, temperature: float, cast_lm_head_to_fp32: bool, outputs: tuple[str, ...]) -> None:
+        self._shares_prompts = False
+        if not self.args.share_prompts:
+            return
+        if self.args.gradient_checkpointing:
+            reason = "gradient checkpointing turns off the cache that would hold them"
+        elif self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            reason = "sharded parameters are gathered once per forward, and sharing takes several"
+        else:
+            reason = why_not_shared(self.model)
+        if reason is not None:
+            logger.warning(f"Prompts are computed once per completion, as in TRL: {reason}.")
+            return
+        self._shares_prompts = True
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                add_shared_prefix(causal_lm(model), temperature, cast_lm_head_to_fp32, outputs)
+
+
+def shared_inputs(
+    prompt_ids: torch.Tensor,
+    prompt_mask: torch.Tensor,
+    prompt_positions: torch.Tensor,
+    completion_ids: torch.Tensor,
+    completion_mask: torch.Tensor,
+    completion_positions: torch.Tensor,
+    labels: torch.Tensor,
+) -> dict:
+    """
+    Inputs of a model with [`add_shared_prefix`] that score `labels` and compute each distinct prompt once.
+
+    Columns that are padding in every row are cut off.
+
+    Args:
+        prompt_ids, prompt_mask (`torch.Tensor` of shape `(rows, prompt_length)`):
+            Prompts, padded on the left; each row has at least one prompt token.
+        completion_ids, completion_mask (`torch.Tensor` of shape `(rows, time)`):
+            Completions, padded on the right.
+        prompt_positions, completion_positions (`torch.Tensor` of shape `(rows, ...)` or `(1, ...)`):
+            Position ids of their tokens; those of equal prompts are equal.
+        labels (`torch.Tensor` of shape `(rows, time)`, bool):
+            Completion tokens to score.
+    """
+    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+    # One transfer for everything that decides on shapes
+    *lengths, widest = torch.cat([(labels * places).amax(1), prompt_mask.sum(1).amax().view(1)]).tolist()
+    time, first = max(1, *lengths), prompt_ids.shape[1] - widest
+    mask = prompt_mask[:, first:]
+    distinct, index = torch.unique(prompt_ids[:, first:].masked_fill(mask == 0, -1), dim=0, return_inverse=True)
+    positions = prompt_positions[:, first:]
+    if positions.shape[0] > 1:
+        positions = positions.new_empty(distinct.shape).index_copy_(0, index, positions)
+    return {
+        "input_ids": completion_ids[:, :time],
+        "attention_mask": completion_mask[:, :time],
+        "position_ids": completion_positions[:, :time],
+        "shared_prefix": SharedPrefix(
+            input_ids=distinct.clamp(min=0),
+            attention_mask=(distinct >= 0).to(prompt_mask.dtype),
+            position_ids=positions,
+            index=index,
+            label_mask=labels[:, :time],
+            lengths=lengths,
+        ),
+    }
 
 
 def length_buckets(lengths: list[int]) -> list[list[int]]:
@@ -207,24 +288,24 @@ def _score(
     model: PreTrainedModel,
     hidden: torch.Tensor,
     labels: torch.Tensor,
-    mask: torch.Tensor,
     temperature: float,
     cast_to_fp32: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    selected, autocast = hidden[mask], torch.is_autocast_enabled(hidden.device.type)
+    outputs: tuple[str, ...],
+) -> dict[str, torch.Tensor]:
+    autocast = torch.is_autocast_enabled(hidden.device.type)
     with (
         torch.autocast(hidden.device.type, enabled=autocast and not cast_to_fp32),
         lm_head(model) as (weight, bias, scale, softcap),
     ):
-        log_probs, entropy, *_ = ChunkedLogProbFunction.apply(
-            selected.float() if cast_to_fp32 else selected,
+        values = ChunkedLogProbFunction.apply(
+            hidden.float() if cast_to_fp32 else hidden,
             weight,
             bias,
-            labels[mask],
+            labels,
             temperature,
             _VOCAB_CHUNK,
             softcap,
             scale,
-            ("log_probs", "entropy"),
+            outputs,
         )
-    return tuple(values.new_zeros(mask.shape).masked_scatter(mask, values) for values in (log_probs, entropy))
+    return {name: value for name, value in zip(_FIELDS, values, strict=True) if name in outputs}

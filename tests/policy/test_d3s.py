@@ -277,8 +277,14 @@ def test_evaluation_takes_everything(policy_path, tmp_path):
         ({"d3s_schedule_steps": 0}, r"`d3s_schedule_steps` must be a number in \[1, inf\) or None, got 0"),
         ({"d3s_scope": "group"}, "`d3s_scope` must be one of 'cross_group', 'intra_group', got 'group'"),
         ({"d3s_token_scope": "row"}, "`d3s_token_scope` must be one of 'batch', 'sequence', got 'row'"),
-        ({"d3s_sample_ratio_start": 0.9}, "`d3s_sample_ratio_start` must be at most `d3s_sample_ratio_end`, got 0.9 and 0.75"),
-        ({"d3s_token_ratio_end": 0.05}, "`d3s_token_ratio_start` must be at most `d3s_token_ratio_end`, got 0.1 and 0.05"),
+        (
+            {"d3s_sample_ratio_start": 0.9},
+            "`d3s_sample_ratio_start` must be at most `d3s_sample_ratio_end`, got 0.9 and 0.75",
+        ),
+        (
+            {"d3s_token_ratio_end": 0.05},
+            "`d3s_token_ratio_start` must be at most `d3s_token_ratio_end`, got 0.1 and 0.05",
+        ),
     ],
 )
 def test_bad_values_are_refused(values, message, tmp_path):

@@ -265,7 +265,9 @@ def test_places_that_stay_empty_have_no_effect(policy_path, tmp_path):
 
 def test_without_any_variance_the_loss_is_zero(policy_path, tmp_path):
     options = FIRING | {"max_resample_batches": 1, "max_steps": 2}
-    constant = run(DlerGRPOTrainer, policy_path, tmp_path, lambda completions, **_: [0.0] * len(completions), **options)
+    constant = run(
+        DlerGRPOTrainer, policy_path, tmp_path, lambda completions, **_: [0.0] * len(completions), **options
+    )
     assert metric(constant, "loss") == [0.0, 0.0] and metric(constant, "grad_norm") == [0.0, 0.0]
     assert metric(constant, "dler/all_zero_groups") == [1.0, 1.0]
 
@@ -326,9 +328,15 @@ def test_divergence_to_the_reference(estimator, corrected, policy_path, tmp_path
         ({"truncation_length": 9}, r"`truncation_length` must be in \[1, max_completion_length=8\], got 9"),
         ({"da_thresholds": [0.5]}, "`da_thresholds`.*need `da_lengths`"),
         ({"da_lengths": [4, 2]}, "`da_lengths` must have one more entry than `da_thresholds`"),
-        ({"da_thresholds": [0.5], "da_lengths": [9, 2]}, r"`da_lengths` must be in \[1, max_completion_length=8\], got 9"),
+        (
+            {"da_thresholds": [0.5], "da_lengths": [9, 2]},
+            r"`da_lengths` must be in \[1, max_completion_length=8\], got 9",
+        ),
         ({"da_thresholds": [0.5], "da_lengths": [4, 0]}, r"`da_lengths` must be in \[1, .*, got 0"),
-        ({"da_thresholds": [0.5, 0.2], "da_lengths": [4, 3, 2]}, r"`da_thresholds` must be ascending numbers in \(0, 1\]"),
+        (
+            {"da_thresholds": [0.5, 0.2], "da_lengths": [4, 3, 2]},
+            r"`da_thresholds` must be ascending numbers in \(0, 1\]",
+        ),
         ({"da_thresholds": [0.5, 0.5], "da_lengths": [4, 3, 2]}, "`da_thresholds` must be ascending"),
         ({"da_thresholds": [1.5], "da_lengths": [4, 3]}, "`da_thresholds` must be ascending"),
         ({"advantage_whitening": "batch"}, "`advantage_whitening` must be one of 'token', 'sequence', 'none'"),

@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from papertrl.catalogue import load_trainer
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
-from papertrl.trainers.policy.scoring import shared_inputs
+from papertrl.trainers.policy.scoring import rollout_inputs
 from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets, why_not_shared
 
 from ..suite import active_config, build, dataset, digit_parity, settings, weights
@@ -63,11 +63,11 @@ def test_shared_prompts_give_log_probs_and_gradients_of_the_plain_forward(config
     expected, expected_entropy = plain_scores(plain, ids, mask, width, 0.7)
     (expected * weight + 0.1 * expected_entropy * weight).sum().backward()
     add_shared_prefix(shared, temperature=0.7)
-    out = shared(**shared_inputs(ids, mask, labels))
-    time = out.log_probs.shape[1]
-    (out.log_probs * weight[:, :time] + 0.1 * out.entropy * weight[:, :time]).sum().backward()
-    torch.testing.assert_close(out.log_probs, (expected * labels)[:, :time], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.entropy, (expected_entropy * labels)[:, :time], rtol=1e-5, atol=1e-5)
+    out = shared(**rollout_inputs(ids, mask, labels))
+    time = out.scores["log_probs"].shape[1]
+    (out.scores["log_probs"] * weight[:, :time] + 0.1 * out.scores["entropy"] * weight[:, :time]).sum().backward()
+    torch.testing.assert_close(out.scores["log_probs"], (expected * labels)[:, :time], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.scores["entropy"], (expected_entropy * labels)[:, :time], rtol=1e-5, atol=1e-5)
     for (name, got), want in zip(shared.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -78,7 +78,7 @@ def test_padding_cannot_leak_into_shared_scores():
     add_shared_prefix(model)
     labels = mask[:, width:].bool()
     noise = torch.where(mask.bool(), ids, (ids + 7) % 50)
-    one, other = (model(**shared_inputs(x, mask, labels)).log_probs for x in (ids, noise))
+    one, other = (model(**rollout_inputs(x, mask, labels)).scores["log_probs"] for x in (ids, noise))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
@@ -86,9 +86,9 @@ def test_nothing_to_score_is_a_connected_zero():
     ids, mask, width = random_batch()
     model = make_model(Qwen2Config(**SIZES, **HEADS))
     add_shared_prefix(model)
-    out = model(**shared_inputs(ids, mask, torch.zeros_like(mask[:, width:]).bool()))
-    out.log_probs.sum().backward()
-    assert out.log_probs.abs().sum() == 0 and all((p.grad == 0).all() for p in model.parameters())
+    out = model(**rollout_inputs(ids, mask, torch.zeros_like(mask[:, width:]).bool()))
+    out.scores["log_probs"].sum().backward()
+    assert out.scores["log_probs"].abs().sum() == 0 and all((p.grad == 0).all() for p in model.parameters())
 
 
 def test_plain_calls_and_generation_are_untouched():
@@ -211,7 +211,7 @@ def test_micro_batches_hold_whole_groups_and_every_row_once(policy_path, tmp_pat
         ({"top_entropy_quantile": 0.5}, "compares the tokens of a micro-batch"),
         ({"entropy_coef": 0.1}, "entropy bonus"),
         ({"gradient_accumulation_steps": 3, "steps_per_generation": 2}, "end at different places"),
-        ({"gradient_checkpointing": True}, "turns the cache off"),
+        ({"gradient_checkpointing": True}, "turns off the cache"),
     ],
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
 )

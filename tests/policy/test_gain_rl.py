@@ -255,7 +255,9 @@ def test_accuracy_is_that_of_the_named_reward(policy_path, tmp_path):
 
 
 def test_unscored_rows_do_not_stop_the_curriculum(policy_path, tmp_path):
-    trainer = run(GainRlGRPOTrainer, policy_path, tmp_path, lambda completions, **_: [None] * len(completions), **NARROW)
+    trainer = run(
+        GainRlGRPOTrainer, policy_path, tmp_path, lambda completions, **_: [None] * len(completions), **NARROW
+    )
     assert all(math.isfinite(x) for x in metric(trainer, "gain_rl/mu"))
 
 

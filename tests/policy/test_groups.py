@@ -64,9 +64,7 @@ def test_order_of_rows_does_not_matter(drawn, random):
     order = list(range(len(drawn)))
     random.shuffle(order)
     for statistic in (group_mean, group_std):
-        torch.testing.assert_close(
-            statistic(values[order], ids[order]), statistic(values, ids)[order], equal_nan=True
-        )
+        torch.testing.assert_close(statistic(values[order], ids[order]), statistic(values, ids)[order], equal_nan=True)
 
 
 def test_variation_is_not_a_matter_of_rounding():

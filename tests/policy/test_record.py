@@ -6,7 +6,7 @@ import pytest
 import torch
 from trl.trainer.utils import shuffle_sequence_dict, split_tensor_dict
 
-from papertrl.trainers.policy.record import Generation, RolloutRecord, ScoredBatch, Source, round_up
+from papertrl.trainers.policy.record import Generation, RolloutRecord, ScoredBatch, Source
 
 
 def scored(**changes):
@@ -123,7 +123,12 @@ def test_values_are_checked_on_demand(name, value, message):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("rewards", torch.ones(4)), ("lengths", torch.ones(3)), ("advantages", torch.ones(4, 2)), ("usable", torch.ones(5))],
+    [
+        ("rewards", torch.ones(4)),
+        ("lengths", torch.ones(3)),
+        ("advantages", torch.ones(4, 2)),
+        ("usable", torch.ones(5)),
+    ],
 )
 def test_scored_batches_are_checked(name, value):
     scored().validate()
@@ -168,7 +173,3 @@ def test_extra_fields_of_a_rollout_join_the_dataset_rows():
     generation = Generation.from_trl([{"prompt": "a"}, {"prompt": "b"}], ["a", "b"], generated)
     assert generation.inputs == [{"prompt": "a", "score": 7, "who": "env"}, {"prompt": "b", "score": 8, "who": "env"}]
     assert generation.as_trl() == generated
-
-
-def test_round_up():
-    assert [round_up(n, 4) for n in (0, 1, 4, 5)] == [0, 4, 4, 8]

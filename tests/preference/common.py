@@ -4,6 +4,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 
+from papertrl.trainers.preference.base import PreferenceConfig
+
 PROMPTS = ["1+1=", "22", "5+33=", "7", "40-1=", "123456", "8*8=", "9"]
 CHOSEN = ["2", "4444", "38", "123", "39", "7", "64", "0123456"]
 REJECTED = ["33333", "1", "9", "4567", "41", "8", "16161616", "3"]
@@ -55,6 +57,9 @@ def make_trainer(cls, tiny_path, tokenizer, output_dir, model=None, ref_model=No
         "learning_rate": 1e-3,
     }
     config_class = overrides.pop("config_class", None) or cls.config_class
+    if issubclass(config_class, PreferenceConfig):
+        # Equal to the bit only where the passes are TRL's; test_efficiency.py is about the others
+        options["share_prompts"] = False
     return cls(
         perturbed(tiny_path) if model is None else model,
         ref_model,

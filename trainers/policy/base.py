@@ -14,8 +14,29 @@ from .batching import PolicyBatching
 from .record import Generation, RolloutRecord, ScoredBatch
 from .scoring import OldPass
 
-# Source hashes of the TRL methods whose inner workings this family relies on; tests/policy/test_pinned.py
-PINNED = {}
+# First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
+PINNED = {
+    "trl.trainer.grpo_trainer.GRPOTrainer.__init__": "18f01b7a46c9544b23d74e822bafa4cb",
+    "trl.trainer.grpo_trainer.GRPOTrainer._prepare_inputs": "f824e7fb0714795697c9b4d574de1e13",
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate": "2a27fdf8f5e6f3562508eec3efb9e9da",
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn": "e0f02e4fc094cefdb306c6f04da26a25",
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate_and_score_completions": "1fa48922792dcd5c72da155cfe99db47",
+    "trl.trainer.grpo_trainer.GRPOTrainer._calculate_rewards": "736ae29b083840b5da2638b55ad12586",
+    "trl.trainer.grpo_trainer.GRPOTrainer._tokenize_prompts": "d2d27f7c9bfda85f1c3225785fa2f094",
+    "trl.trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": "ea73c3909275851d0cd664b1e7694905",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_high_entropy_mask": "ce6e86287bac23d6cc5d6c08a5f72e4b",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_off_policy_mask": "8ee1e196461141a71a87b47d4d1a0d2e",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_gamma_weights": "3b5fa9ea16cbd80265afa79f4af0239f",
+    "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss": "80295546bbdbf6f711acce7f6e69b010",
+    "trl.trainer.grpo_trainer.GRPOTrainer._get_train_sampler": "36497afb4d311dc9a80d914d27893fe0",
+    "trl.trainer.grpo_trainer.GRPOTrainer.log": "1e7772819cc8cf0980bc9f0b48d6c1c3",
+    "trl.trainer.grpo_trainer.GRPOTrainer._save_checkpoint": "ec91bde1236491119dc68afed1d02f08",
+    "trl.trainer.grpo_trainer.GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd7fdb07894217ecdb6dd7",
+    "trl.trainer.utils.RepeatSampler": "ba139f4a43eeecd4976bc51c850039df",
+    "trl.trainer.utils.add_fused_lm_head": "422d009f04b66659982f9545a90d560b",
+    "trl.trainer.utils.maybe_gather_lm_head_ctx": "d4d59d01150623ce15106e71fcf519a2",
+    "trl.kernels.chunked_logprob.ChunkedLogProbFunction": "3661e8975a9f64cc39d250ecf3e2ae22",
+}
 
 
 @method_config

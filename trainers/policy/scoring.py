@@ -4,14 +4,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
-from accelerate.logging import get_logger
 
-from ..shared_prefix import SharedPrefix, add_shared_prefix, why_not_shared
-from ..statistics import Pass, backbone, causal_lm, last_mlp, observe
+from ..shared_prefix import SharesPrompts, shared_inputs
+from ..statistics import Pass, backbone, last_mlp, observe
 from .objective import PolicyObjective
 from .record import MULTIMODAL_KEYS, RolloutRecord
-
-logger = get_logger(__name__)
 
 
 @dataclass
@@ -34,7 +31,7 @@ class OldPass:
     mlp_inputs: torch.Tensor | None
 
 
-class PolicyScoring(PolicyObjective):
+class PolicyScoring(SharesPrompts, PolicyObjective):
     """Passes of policy and reference over completions. The log-probabilities are TRL's; the work is less."""
 
     def old_pass_needs(self) -> frozenset[str]:
@@ -49,24 +46,7 @@ class PolicyScoring(PolicyObjective):
     def _set_up_scoring(self) -> None:
         self._capture_old_pass = False
         self._old_pass: OldPass | None = None
-        self._shares_prompts = False
-        if not self.args.share_prompts:
-            return
-        reason = self._why_not_shared()
-        if reason is not None:
-            logger.warning(f"Prompts are computed once per completion, as in TRL: {reason}.")
-            return
-        self._shares_prompts = True
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                add_shared_prefix(causal_lm(model), self.temperature, self.args.cast_lm_head_to_fp32)
-
-    def _why_not_shared(self) -> str | None:
-        if self.args.gradient_checkpointing:
-            return "gradient checkpointing turns the cache off that would hold them (`gradient_checkpointing=False`)"
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            return "sharded parameters are gathered once per forward, and sharing takes several"
-        return why_not_shared(self.model)
+        self._set_up_sharing(self.temperature, self.args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
@@ -119,16 +99,16 @@ class PolicyScoring(PolicyObjective):
         for start in range(0, input_ids.shape[0], size):
             rows = slice(start, start + size)
             with self.accelerator.autocast():
-                outputs.append(model(**shared_inputs(input_ids[rows], attention_mask[rows], labels[rows])))
+                outputs.append(model(**rollout_inputs(input_ids[rows], attention_mask[rows], labels[rows])))
         time = labels.shape[1]
 
-        def collect(name):
-            parts = [getattr(output, name) for output in outputs]
+        def collect(name=None):
+            parts = [output.scores[name] if name else output.hidden_states for output in outputs]
             # Each chunk ends with its longest row
             parts = [torch.cat([p, p.new_zeros(p.shape[0], time - p.shape[1], *p.shape[2:])], dim=1) for p in parts]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-        return collect("log_probs"), collect("entropy"), collect("hidden_states")
+        return collect("log_probs"), collect("entropy"), collect()
 
     def _trl_makes_old_pass(self) -> bool:
         generate_every = self.args.steps_per_generation * self.num_iterations
@@ -151,41 +131,23 @@ class PolicyScoring(PolicyObjective):
         return self._old_pass
 
 
-def shared_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict:
+def rollout_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict:
     """
-    Model inputs that score the completions in TRL's layout with each distinct prompt computed once.
+    Shared inputs from TRL's layout of rollouts: prompts padded on the left, then completions padded on the right.
+
+    Positions are those of this layout, as in TRL.
 
     Args:
         input_ids, attention_mask (`torch.Tensor` of shape `(rows, prompt_length + time)`):
-            Prompts padded on the left, then completions padded on the right.
+            Prompts and completions.
         labels (`torch.Tensor` of shape `(rows, time)`, bool):
             Completion tokens to score.
-
-    Returns:
-        `dict` for a model with [`~papertrl.trainers.shared_prefix.add_shared_prefix`]. Columns that are padding in
-        every row are cut off; positions are those of the uncut layout, as in TRL.
     """
-    prompt_length = input_ids.shape[1] - labels.shape[1]
-    places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
-    prompt_mask = attention_mask[:, :prompt_length]
-    # One transfer for everything that decides on shapes
-    *lengths, widest = torch.cat([(labels * places).amax(1), prompt_mask.sum(1).amax().view(1)]).tolist()
-    time, first = max(1, *lengths), prompt_length - widest
-    prompt_mask = prompt_mask[:, first:]
-    keyed = input_ids[:, first:prompt_length].masked_fill(prompt_mask == 0, -1)
-    distinct, index = torch.unique(keyed, dim=0, return_inverse=True)
+    start = input_ids.shape[1] - labels.shape[1]
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-    completion = slice(prompt_length, prompt_length + time)
-    return {
-        "input_ids": input_ids[:, completion],
-        "attention_mask": attention_mask[:, completion],
-        "position_ids": positions[:, completion],
-        "shared_prefix": SharedPrefix(
-            input_ids=distinct.clamp(min=0),
-            attention_mask=(distinct >= 0).to(attention_mask.dtype),
-            position_ids=positions[:, first:prompt_length],
-            index=index,
-            label_mask=labels[:, :time],
-            lengths=lengths,
-        ),
-    }
+    parts = [
+        value[:, part]
+        for part in (slice(start), slice(start, None))
+        for value in (input_ids, attention_mask, positions)
+    ]
+    return shared_inputs(*parts, labels)

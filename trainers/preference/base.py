@@ -14,11 +14,13 @@ from ...configuration import MethodConfigMixin, method_config, method_field
 from ...losses.preference.pair_losses import call_pair_loss
 from ...losses.preference.scores import divergence_score, sequence_logps, wpo_weights
 from ..method import MethodTrainer
+from ..shared_prefix import SharesPrompts
 from ..terms import LossTerm
 from .record import PreferenceRecord
 from .sampling import SampledCompletions
+from .sharing import pair_inputs
 
-# First half of the SHA-256 of the source of what this family relies on in TRL; tests/preference/test_pinned.py
+# First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
 PINNED = {
     "trl.trainer.dpo_trainer.DPOTrainer.__init__": "632f447c71dcb04361800303be2192d8",
     "trl.trainer.dpo_trainer.DPOTrainer._compute_loss": "5e58a1699e0d76cd093095fa24cfe6ca",
@@ -41,6 +43,11 @@ _NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
 class PreferenceConfig(MethodConfigMixin, DPOConfig):
     """Configuration of [`PreferenceTrainer`]: that of [`~trl.DPOTrainer`] and what every preference method shares."""
 
+    share_prompts: bool = method_field(
+        True,
+        "Whether the prompt of a pair is computed once for both completions, and completions without their padding. "
+        "Same log-probabilities and gradients as TRL's, up to rounding.",
+    )
     check_records: bool = method_field(
         False,
         "Whether to check the values of every preference record, not only its shapes. For debugging: it waits for the "
@@ -48,7 +55,7 @@ class PreferenceConfig(MethodConfigMixin, DPOConfig):
     )
 
 
-class PreferenceTrainer(MethodTrainer, DPOTrainer):
+class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose step is a sequence of stages. By itself it trains exactly as its parent does.
 
@@ -78,6 +85,8 @@ class PreferenceTrainer(MethodTrainer, DPOTrainer):
         args = self.make_config(args, model)
         self.check_columns(trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset"))
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
+        fields = ("log_probs", "entropy", "mean_logits", "is_top1")
+        self._set_up_sharing(1.0, False, (*fields, "log_sum_sq_probs") if self.use_weighting else fields)
 
     # --- Stages -------------------------------------------------------------------------------------------------
 
@@ -258,6 +267,10 @@ class PreferenceTrainer(MethodTrainer, DPOTrainer):
     def _score(
         self, model: torch.nn.Module, model_inputs: dict[str, Any], completion_mask: torch.Tensor
     ) -> dict[str, torch.Tensor]:
+        if self._shares_prompts and model_inputs.keys() <= {"input_ids", "attention_mask"}:
+            inputs, place = pair_inputs(**model_inputs, completion_mask=completion_mask)
+            if inputs is not None:
+                return place(model(**inputs).scores)
         labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)
         outputs = model(**model_inputs, labels=labels, use_cache=False, fused_lm_head=True)
         time = labels.shape[1] - 1
