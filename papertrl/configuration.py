@@ -24,7 +24,7 @@ class Valid:
             return self.optional
         if self.choices is not None:
             return value in self.choices
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
             return False
         return (
             (self.ge is None or value >= self.ge)

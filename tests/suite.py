@@ -64,7 +64,7 @@ def dataset(family: str) -> Dataset:
 
 
 # With these off, a trainer makes its parent's passes over its parent's micro-batches, to the bit
-PLAIN = {"share_prompts": False, "group_batches": False, "skip_zero_rows": False}
+PLAIN = {"fast_rollouts": False, "share_prompts": False, "group_batches": False, "skip_zero_rows": False}
 PLAIN_OF = {"policy": PLAIN, "preference": {"share_prompts": False}, "supervised": {}}
 
 

@@ -10,8 +10,8 @@ from trl import GRPOConfig
 from ...configuration import MethodConfigMixin, method_config, method_field
 from ...losses.policy.groups import group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
-from .batching import PolicyBatching
 from .record import Generation, RolloutRecord, ScoredBatch
+from .rollout import PolicyRollout
 from .scoring import OldPass
 
 # First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
@@ -43,6 +43,11 @@ PINNED = {
 class PolicyConfig(MethodConfigMixin, GRPOConfig):
     """Configuration of [`PolicyTrainer`]: that of [`~trl.GRPOTrainer`] and what every policy method shares."""
 
+    fast_rollouts: bool = method_field(
+        True,
+        "Whether completions on the transformers backend come from a loop that prefills each distinct prompt once and "
+        "drops finished rows. Same law as `generate`; a seed gives other tokens.",
+    )
     share_prompts: bool = method_field(
         True,
         "Whether each distinct prompt is computed once for all of its completions, and completions without their "
@@ -64,7 +69,7 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
     )
 
 
-class PolicyTrainer(MethodTrainer, PolicyBatching):
+class PolicyTrainer(MethodTrainer, PolicyRollout):
     """
     [`~trl.GRPOTrainer`] whose step is a sequence of stages. By itself it trains exactly as its parent does.
 

@@ -74,8 +74,7 @@ class LitePpoGRPOTrainer(PolicyTrainer):
     method = Method(
         name="lite_ppo",
         summary="Group mean, batch standard deviation and token-mean loss: two tricks suffice",
-        extends=("baseline",),
-        replaces={"scale": {"scale_rewards": "group"}},
+        replaces={"baseline": {"reward_mean_scope": "group"}, "scale": {"scale_rewards": "group"}},
         neutral={"reward_mean_scope": "group", "scale_rewards": "group"},
         signal="lite_ppo/batch_std",
     )
@@ -90,6 +89,8 @@ class LitePpoGRPOTrainer(PolicyTrainer):
     }
 
     def baseline(self, scored: ScoredBatch, rewards: torch.Tensor) -> torch.Tensor:
+        if self.args.reward_mean_scope == "group":
+            return super().baseline(scored, rewards)
         return reward_mean(rewards, scored.group_ids, self.args.reward_mean_scope)
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:

@@ -177,7 +177,8 @@ class LpRegGRPOTrainer(PolicyTrainer):
         if self.args.lp_reg_beta == 0:
             return terms
         protected = self._protected(stats, record)
-        self.log_metric("lp_reg/regularized_tokens", self.accelerator.reduce(protected.sum().float(), "sum"))
+        counted = protected & (record.row_weight > 0).unsqueeze(1)
+        self.log_metric("lp_reg/regularized_tokens", self.accelerator.reduce(counted.sum().float(), "sum"))
         penalty = forward_kl_penalty(stats.logps, record.statistics["lp_reg/proxy_logps"])
         return [*terms, LossTerm("lp_reg", penalty, protected, self.args.lp_reg_beta)]
 
