@@ -90,7 +90,7 @@ def test_adding_a_method_works_as_told(monkeypatch, request, tmp_path):
 
 @pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
 def test_method_table_is_up_to_date(page):
-    assert method_table() in (ROOT / page).read_text(), "run `papertrl methods --write_docs`"
+    assert method_table() in (ROOT / page).read_text(), "run `python scripts/write_method_index.py`"
 
 
 def test_links_between_pages_lead_somewhere():
