@@ -262,7 +262,7 @@ def draw(probabilities: Tensor) -> Tensor:
         `torch.Tensor` of shape `(rows, 1)`, int64.
 
     Raises:
-        `IndexError` on the CPU: if a row is not finite.
+        `ValueError` on the CPU: if a row is not finite.
     """
     if probabilities.device.type != "cpu":
         return torch.multinomial(probabilities, num_samples=1)
@@ -274,6 +274,8 @@ def draw(probabilities: Tensor) -> Tensor:
 
 def _invert(weights: Tensor) -> Tensor:
     cumulative = weights.cumsum(dim=-1, dtype=torch.float64)
+    if not torch.isfinite(cumulative[:, -1]).all():
+        raise ValueError("The next-token probabilities are not finite: the model's weights have diverged.")
     uniform = torch.rand(len(weights), 1, dtype=torch.float64)
     return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
 

@@ -345,6 +345,16 @@ def test_processors_see_prompt_and_completion_of_every_row(any_model):
         assert all(row in seen.tolist() for row in live)
 
 
+def test_adapter_is_used_and_stays():
+    model = make_model("lora")
+    adapted = sample_rollouts(model, PROMPTS, [1] * len(PROMPTS), make_config())
+    with model.disable_adapter():
+        base = sample_rollouts(model, PROMPTS, [1] * len(PROMPTS), make_config())
+    assert base.completion_ids != adapted.completion_ids
+    assert base.completion_ids == generate(make_model("llama"), PROMPTS, [1] * len(PROMPTS), make_config())
+    assert sample_rollouts(model, PROMPTS, [1] * len(PROMPTS), make_config()) == adapted
+
+
 def test_dtype_and_mode_are_the_models():
     model = make_model("llama").to(torch.bfloat16).train()
     torch.manual_seed(0)
@@ -483,3 +493,10 @@ def test_counts_and_prompts_are_checked(model):
         sample_rollouts(model, [[7], []], [1, 1], config)
     assert sample_rollouts(model, [[7]], [0], config).completion_ids == []
     assert sample_rollouts(model, [], [], config).logprobs == []
+
+
+def test_a_diverged_model_is_named_as_such():
+    from papertrl.samplers.tokens.rollout import draw
+
+    with pytest.raises(ValueError, match="diverged"):
+        draw(torch.tensor([[0.5, float("nan")]]))
