@@ -3,8 +3,9 @@
 import argparse
 import difflib
 import importlib.util
+import json
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ DEFAULT_METHOD = "lp_reg"
 # files and flags override them.
 EMBEDDED = {
     "policy": {
-        "learning_rate": 3e-4,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 10,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 20,
         "per_device_train_batch_size": 256,
         "num_generations": 8,
         "max_completion_length": 5,
@@ -54,10 +55,12 @@ class JobArguments:
         "Procedural task: `addition` (the default without `dataset_name`) or `reasoning_gym:<generator>`.",
     )
     task_kwargs: dict = field(
-        default_factory=dict, metadata={"help": 'Settings of the task as JSON, such as \'{"digits": 3}\'.'}
+        default_factory=dict, metadata={"help": "Settings of the task as JSON, such as '{\"digits\": 3}'."}
     )
     task_size: int = _flag(4000, "Number of training problems drawn from the task.")
-    dataset_name: str | None = _flag(None, "Dataset instead of a task: Hub id, local folder, or JSON/CSV/Parquet file.")
+    dataset_name: str | None = _flag(
+        None, "Dataset instead of a task: Hub id, local folder, or JSON/CSV/Parquet file."
+    )
     dataset_config: str | None = _flag(None, "Configuration of the Hub dataset.")
     dataset_train_split: str = _flag("train", "Split to train on.")
     dataset_test_split: str = _flag("test", "Split held out, used where the dataset has it.")
@@ -70,9 +73,13 @@ class JobArguments:
         },
     )
     gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
-    start_model_steps: int = _flag(600, "Supervised warm-up steps of the embedded tiny model.")
+    start_model_steps: int = _flag(
+        1000, "Supervised warm-up steps of the embedded tiny model, on demonstrations most of which are wrong."
+    )
     held_out_prompts: int = _flag(256, "Held-out prompts answered greedily before and after training; 0 for none.")
-    held_out_evaluations: int = _flag(0, "How often, evenly spread, held-out prompts are also answered during training.")
+    held_out_evaluations: int = _flag(
+        0, "How often, evenly spread, held-out prompts are also answered during training."
+    )
     overwrite_output_dir: bool = _flag(False, "Whether to replace the run that `output_dir` holds.")
 
 
@@ -116,10 +123,8 @@ def choose(argv: list[str]) -> Choice:
     parser.add_argument("--method")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--config")
-    for flag in ("--list_methods", "--debug"):
-        parser.add_argument(flag, flag.replace("_", "-"), action="store_true") if "_" in flag else parser.add_argument(
-            flag, action="store_true"
-        )
+    parser.add_argument("--list_methods", "--list-methods", action="store_true")
+    parser.add_argument("--debug", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
     known, rest = parser.parse_known_args(argv)
     if known.method and known.methods:
@@ -164,7 +169,9 @@ def read_config(name: str) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"`--config`: '{path}' is not valid YAML: {error}") from error
     if not isinstance(config, dict):
-        raise UsageError(f"`--config`: '{path}' must hold a mapping of flags to values, as in `learning_rate: 1.0e-6`.")
+        raise UsageError(
+            f"`--config`: '{path}' must hold a mapping of flags to values, as in `learning_rate: 1.0e-6`."
+        )
     for key, value in config.pop("env", {}).items():
         os.environ[key] = str(value)
     return config
@@ -195,12 +202,17 @@ def make_parser(trainer_class: type) -> Any:
         error = _Parser.error
 
     parser = Parser(
-        [JobArguments, trainer_class.config_class, ModelConfig], prog="papertrl train", allow_abbrev=False, add_help=False
+        [JobArguments, trainer_class.config_class, ModelConfig],
+        prog="papertrl train",
+        allow_abbrev=False,
+        add_help=False,
     )
     for action in parser._actions:
         # Without this, `--disable_tqdm` and the other flags that default to `None` would need a value
         if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True
+        if action.dest == "task_kwargs":
+            action.type = json.loads
     return parser
 
 
@@ -218,7 +230,7 @@ def parse(choice: Choice) -> Job:
 
     trainer_class = make_trainer_class(choice.methods)
     parser = make_parser(trainer_class)
-    flags = [action for action in parser._actions]
+    flags = list(parser._actions)
     if not torch.accelerator.is_available():
         parser.set_defaults_with_config(bf16=False)
     if not (choice.config.get("model_name_or_path") or _has_flag(choice.rest, "model_name_or_path")):
@@ -262,11 +274,6 @@ def _with_remedy(message: str) -> str:
             "`--per_device_train_batch_size` × processes × `--gradient_accumulation_steps`, or change one of these."
         )
     return message
-
-
-def job_field_names() -> list[str]:
-    """Names of the fields of [`JobArguments`]."""
-    return [f.name for f in fields(JobArguments)]
 
 
 def listed_methods() -> list[str]:

@@ -142,9 +142,11 @@ def method_help(choice: Choice) -> str:
             valid = f.metadata.get("valid")
             limits = f" Valid: {valid}." if valid else ""
             parts.append(f"  --{f.name} (default: {field_default(f)!r})\n      {f.metadata['help']}{limits}\n")
-    return "\n".join(parts) + "\nAll flags of the job, the trainer's config and the model:\n\n" + make_parser(
-        trainer_class
-    ).format_help()
+    return (
+        "\n".join(parts)
+        + "\nAll flags of the job, the trainer's config and the model:\n\n"
+        + make_parser(trainer_class).format_help()
+    )
 
 
 def method_list() -> str:
@@ -155,7 +157,9 @@ def method_list() -> str:
         spec = find_spec("papertrl.trainers")
         source = Path(spec.origin).parent / METHODS[name] / f"{name}.py"
         summary, title, arxiv = _declaration(source)
-        lines.append(f"{name:<{width}}  {METHODS[name]:<10}  {summary}\n{'':<{width}}  {'':<10}  {title}, arXiv:{arxiv}")
+        lines.append(
+            f"{name:<{width}}  {METHODS[name]:<10}  {summary}\n{'':<{width}}  {'':<10}  {title}, arXiv:{arxiv}"
+        )
     return "\n".join(lines)
 
 

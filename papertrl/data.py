@@ -51,7 +51,9 @@ def task_of(arguments: JobArguments) -> Task | None:
     if arguments.dataset_name is None:
         return load_task(arguments.task or "addition", **arguments.task_kwargs)
     if arguments.task is not None:
-        raise JobError(f"Both `task` '{arguments.task}' and `dataset_name` '{arguments.dataset_name}' are set; drop one.")
+        raise JobError(
+            f"Both `task` '{arguments.task}' and `dataset_name` '{arguments.dataset_name}' are set; drop one."
+        )
     return None
 
 
@@ -68,7 +70,9 @@ def task_data(task: Task, family: str, arguments: JobArguments, seed: int, chat:
     train, test = task.splits(arguments.task_size, arguments.held_out_prompts, seed)
     view = {"policy": lambda d: d, "preference": task.preference, "supervised": task.supervised}[family]
     problems = test if len(test) else None
-    data = JobData(view(train), view(test) if problems else None, problems, [task.reward], "accuracy", task.max_new_tokens)
+    data = JobData(
+        view(train), view(test) if problems else None, problems, [task.reward], "accuracy", task.max_new_tokens
+    )
     if chat:
         data.train, data.eval, data.problems = (d and as_messages(d) for d in (data.train, data.eval, data.problems))
     return data
@@ -135,12 +139,14 @@ def check_reward_columns(judges: list[Callable], train: Dataset | IterableDatase
     present = set(train.column_names or next(iter(train)))
     for judge in judges:
         parameters = inspect.signature(judge).parameters.values()
-        required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        required = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
         for column in required:
             if column not in present | GIVEN_TO_REWARDS:
                 raise JobError(
-                    f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its columns "
-                    f"are {sorted(present)}. Rename the column that holds it, or choose another `--reward_funcs`."
+                    f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its "
+                    f"columns are {sorted(present)}. Rename the column that holds it, or choose another `--reward_funcs`."
                 )
 
 
@@ -168,6 +174,6 @@ def _load(arguments: JobArguments) -> DatasetDict | IterableDatasetDict:
     except Exception as error:
         detail = " ".join(str(error).split())[:300]
         raise JobError(
-            f"Dataset '{name}' cannot be loaded ({type(error).__name__}: {detail}). Give a Hub id that is reachable, a "
-            "local folder, or a .json, .jsonl, .csv, .tsv or .parquet file; an empty file holds no rows to train on."
+            f"Dataset '{name}' cannot be loaded ({type(error).__name__}: {detail}). Give a Hub id that is reachable, "
+            "a local folder, or a .json, .jsonl, .csv, .tsv or .parquet file; an empty file holds no rows to train on."
         ) from error

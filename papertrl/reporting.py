@@ -159,9 +159,13 @@ def _fenced(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
 
 
-def append_results(card: Path, measure: str, before: Answers | None, after: Answers | None) -> None:
-    """Add the held-out scores, the curves and the samples to the model card."""
-    parts = ["\n## Results\n"]
+def complete_card(card: Path, measure: str, before: Answers | None, after: Answers | None) -> None:
+    """Add held-out scores, curves and samples to TRL's model card, and make good what it says of unpublished models."""
+    text = card.read_text().replace(
+        "This model is a fine-tuned version of [None](https://huggingface.co/None).",
+        "This model was trained by papertrl from a start model that is not on the Hub.",
+    )
+    parts = [text.replace('model="None"', 'model="."'), "\n## Results\n"]
     if before is not None and after is not None:
         parts.append(
             f"| held-out {measure} (greedy, {len(after.scores)} prompts) | before | after |\n|---|---|---|\n"
@@ -170,5 +174,4 @@ def append_results(card: Path, measure: str, before: Answers | None, after: Answ
     parts.append(f"![Training curves]({CURVES_FILE})\n")
     if before is not None:
         parts.append(f"Completions before and after training: [{SAMPLES_FILE}]({SAMPLES_FILE})\n")
-    with card.open("a") as file:
-        file.write("\n".join(parts))
+    card.write_text("\n".join(parts))

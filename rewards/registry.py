@@ -54,8 +54,8 @@ def _import(path: str) -> Callable:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"`--reward_funcs`: '{path}' cannot be imported ({error}). Give `package.module.function`, importable from "
-            f"'{os.getcwd()}' or from an installed package."
+            f"`--reward_funcs`: '{path}' cannot be imported ({error}). Give `package.module.function`, importable "
+            f"from '{os.getcwd()}' or from an installed package."
         ) from error
     if not callable(function):
         raise ValueError(f"`--reward_funcs`: '{path}' is a {type(function).__name__}, not a function.")

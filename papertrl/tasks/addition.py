@@ -1,4 +1,4 @@
-"""The default task: sums of two operands, such as `37+45=`."""
+"""The default task: sums of two operands, such as `07+45=` with the answer `052`."""
 
 import hashlib
 import random
@@ -14,9 +14,10 @@ TEST_SHARE = 5
 
 class AdditionTask(Task):
     """
-    Sums of two operands of up to `digits` digits.
+    Sums of two operands of up to `digits` digits, padded with zeros to equal width.
 
-    One fifth of the operand pairs, chosen by a hash that ignores the operands' order, is kept for the test split.
+    The typical error, of [`demonstrations`] and of `wrong_answer`, is to forget the carries. One fifth of the operand
+    pairs, chosen by a hash that ignores the operands' order, is kept for the test split.
 
     Args:
         digits (`int`, *optional*, defaults to `2`):
@@ -42,8 +43,25 @@ class AdditionTask(Task):
         while len(rows) < n:
             a, b = rng.randrange(10**self.digits), rng.randrange(10**self.digits)
             if split_of(a, b) == split:
-                rows.append({"prompt": f"{a}+{b}=", "answer": str(a + b), "wrong_answer": slip(a, b, rng)})
+                width = self.digits
+                rows.append(
+                    {
+                        "prompt": f"{a:0{width}}+{b:0{width}}=",
+                        "answer": f"{a + b:0{width + 1}}",
+                        "wrong_answer": f"{slip(a, b, rng):0{width + 1}}",
+                    }
+                )
         return Dataset.from_list(rows)
+
+    def demonstrations(self, n: int, seed: int, error_share: float) -> Dataset:
+        rng = random.Random(seed)
+        problems = self.generate(n, seed)
+        completions = []
+        for prompt, answer in zip(problems["prompt"], problems["answer"], strict=True):
+            a, b = map(int, prompt.removesuffix("=").split("+"))
+            forgets = rng.random() < error_share
+            completions.append(f"{without_carry(a, b):0{self.digits + 1}}" if forgets else answer)
+        return Dataset.from_dict({"prompt": list(problems["prompt"]), "completion": completions})
 
     @property
     def reward(self) -> Callable:
@@ -62,11 +80,11 @@ def without_carry(a: int, b: int) -> int:
     return int("".join(map(str, columns)))
 
 
-def slip(a: int, b: int, rng: random.Random) -> str:
+def slip(a: int, b: int, rng: random.Random) -> int:
     """A wrong sum of `a` and `b`: without its carries where there are any, else with one digit changed."""
     if without_carry(a, b) != a + b:
-        return str(without_carry(a, b))
-    total = str(a + b)
-    place = rng.randrange(len(total))
-    digit = rng.choice([d for d in "0123456789" if d != total[place]])
-    return total[:place] + digit + total[place + 1 :]
+        return without_carry(a, b)
+    digits = list(str(a + b))
+    place = rng.randrange(len(digits))
+    digits[place] = rng.choice([d for d in "0123456789" if d != digits[place]])
+    return int("".join(digits))

@@ -1,6 +1,5 @@
 """What a task is: procedurally generated problems, an exact verifier, and the views that trainers need."""
 
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar
@@ -51,10 +50,12 @@ class Task(ABC):
             `ValueError`: if the task has so few problems that the train set leaves none for the test.
         """
         train_set = self.generate(train, seed, "train")
+        if test == 0:
+            return train_set, train_set.select([])
         seen = set(train_set["prompt"])
         test_set = self.generate(test, seed, "test")
         test_set = test_set.select([i for i, prompt in enumerate(test_set["prompt"]) if prompt not in seen])
-        if test and len(test_set) == 0:
+        if len(test_set) == 0:
             raise ValueError(
                 f"Task '{self.name}': the {train} training problems leave no other problem for the test. Lower "
                 "`--task_size`, make the task harder with `--task_kwargs`, or set `--held_out_prompts 0`."
@@ -72,19 +73,20 @@ class Task(ABC):
 
     def demonstrations(self, n: int, seed: int, error_share: float) -> Dataset:
         """
-        Demonstrations of mixed quality, as `prompt` and `completion`: a share of them is wrong.
+        Demonstrations of mixed quality, as `prompt` and `completion`, for the embedded start model.
 
-        A model that imitates them is as often wrong; that is what a policy gradient can put right.
-        Where the task has no wrong answers, all are right.
+        A model that imitates them errs as often as they do; that is what a policy gradient can put right. A task
+        that knows no typical error gives right demonstrations only.
+
+        Args:
+            n (`int`):
+                Number of demonstrations.
+            seed (`int`):
+                The same seed draws the same demonstrations.
+            error_share (`float`):
+                Share of the demonstrations that make the task's typical error.
         """
-        problems = self.generate(n, seed)
-        if "wrong_answer" not in problems.column_names:
-            return self.supervised(problems)
-        rng = random.Random(seed)
-        completions = [
-            row["wrong_answer"] if rng.random() < error_share else row["answer"] for row in problems.to_list()
-        ]
-        return Dataset.from_dict({"prompt": list(problems["prompt"]), "completion": completions})
+        return self.supervised(self.generate(n, seed))
 
     def preference(self, problems: Dataset) -> Dataset:
         """

@@ -43,7 +43,9 @@ def test_methods_on_the_command_line_replace_those_of_the_config(tmp_path):
 
 
 def test_composed_config_has_the_fields_of_all_methods(tmp_path):
-    parsed = job("--methods", "lp_reg", "d3s", "--lp_reg_beta", "0.5", "--d3s_scope", "intra_group", "--output_dir", "x")
+    parsed = job(
+        "--methods", "lp_reg", "d3s", "--lp_reg_beta", "0.5", "--d3s_scope", "intra_group", "--output_dir", "x"
+    )
     assert parsed.training.lp_reg_beta == 0.5 and parsed.training.d3s_scope == "intra_group"
     assert parsed.trainer_class.__name__ == "LpRegD3sGRPOTrainer"
 
@@ -87,7 +89,8 @@ def test_wrong_command_lines(argv, parts, capsys):
 
 
 @pytest.mark.parametrize(
-    "text, part", [("- a\n- b\n", "must hold a mapping"), ("a: [\n", "not valid YAML"), ("lerning_rate: 1\n", "learning_rate")]
+    "text, part",
+    [("- a\n- b\n", "must hold a mapping"), ("a: [\n", "not valid YAML"), ("lerning_rate: 1\n", "learning_rate")],
 )
 def test_wrong_config_files(text, part, tmp_path):
     config = tmp_path / "mine.yaml"
@@ -107,7 +110,9 @@ def test_help_and_lists(capsys):
 
     for name in METHODS:
         trainer = load_trainer(name)
-        assert trainer.method.summary in listed and trainer._paper["title"] in listed and trainer._paper["id"] in listed
+        assert (
+            trainer.method.summary in listed and trainer._paper["title"] in listed and trainer._paper["id"] in listed
+        )
     assert cli.main(["train", "--method", "dler", "--help"]) == 0
     text = capsys.readouterr().out
     assert text.index("arXiv:2510.15110") < text.index("--truncation_length") < text.index("--learning_rate")

@@ -47,7 +47,7 @@ def test_other_families_and_combinations(methods, tmp_path, capsys):
 
 def test_default_output_dirs_are_numbered_and_lora_is_saved(tmp_path, capsys):
     for number in (1, 2):
-        assert cli.main(["train", *SMALL, "--max_steps", "1", "--use_peft", "--lora_target_modules", "q_proj"]) == 0
+        assert cli.main(["train", *SMALL, "--max_steps", "1", "--use_peft"]) == 0
         assert (tmp_path / "runs" / f"lp_reg-addition-{number}" / "adapter_model.safetensors").exists()
 
 
@@ -68,7 +68,16 @@ def test_two_processes(tmp_path):
     code = "import sys; from papertrl.cli import main; sys.exit(main(sys.argv[1:]))"
     script = tmp_path / "train.py"
     script.write_text(code)
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--cpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ]
     command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
     command += ["train", *SMALL, "--max_steps", "2", "--output_dir", "out"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=170)

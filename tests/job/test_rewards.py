@@ -19,7 +19,8 @@ def returning(value):
 
 
 @pytest.mark.parametrize(
-    "value", [[1, 0.5, None], (1, 0.5, None), np.array([1, 0.5, 2]), torch.tensor([1.0, 0.5, 2]), [True, False, np.float32(1)]]
+    "value",
+    [[1, 0.5, None], (1, 0.5, None), np.array([1, 0.5, 2]), torch.tensor([1.0, 0.5, 2]), [True, False, np.float32(1)]],
 )
 def test_numbers_and_none_pass(value):
     rewards = returning(value)(completions=COMPLETIONS)
@@ -85,7 +86,9 @@ def test_rewards_by_name(monkeypatch, tmp_path):
     assert load_reward("accuracy_reward", 10).__name__ == "accuracy_reward"
     overlong = load_reward("get_soft_overlong_punishment", 10)
     assert overlong(completion_ids=[[0] * 8, [0] * 11]) == [0, -1]
-    (tmp_path / "my_own_rewards.py").write_text("def half(completions, **kwargs):\n    return [0.5] * len(completions)\n")
+    (tmp_path / "my_own_rewards.py").write_text(
+        "def half(completions, **kwargs):\n    return [0.5] * len(completions)\n"
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     assert load_reward("my_own_rewards.half", 10)(["a"]) == [0.5]

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from papertrl.trainers.statistics import backbone
-from papertrl.trainers.supervised.reference import as_reference
 from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from papertrl import AsftSFTConfig, AsftSFTTrainer
+from papertrl.trainers.statistics import backbone
+from papertrl.trainers.supervised.reference import as_reference
 
 from .helpers import (
     assert_close,

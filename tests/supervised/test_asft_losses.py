@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from papertrl.losses.divergence import LazyLogits, token_kl
 from papertrl.losses.supervised.asft import dft_weight
 

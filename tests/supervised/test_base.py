@@ -1,13 +1,13 @@
 import pytest
 import torch
-from papertrl.trainers.method import Method
-from papertrl.trainers.supervised.record import SupervisedRecord
-from papertrl.trainers.terms import LossTerm
 from peft import LoraConfig
 from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from papertrl import AsftSFTConfig, AsftSFTTrainer, SupervisedConfig, SupervisedTrainer, compose
+from papertrl.trainers.method import Method
+from papertrl.trainers.supervised.record import SupervisedRecord
+from papertrl.trainers.terms import LossTerm
 
 from .helpers import (
     QUIET,
