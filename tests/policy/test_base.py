@@ -135,8 +135,16 @@ def test_streamed_prompts_train_or_are_refused(policy_path, tmp_path):
         active_config(trainer_class, ["lp_reg"], tmp_path, max_steps=1),
         data=stream,
     ).train()
-    for name in ("gain_rl", "dler"):
+    off = {"gain_rl": {"gain_sigma": None}, "dler": {"dynamic_sampling": False}}
+    for name, values in off.items():
         trainer_class = load_trainer(name)
+        build(
+            trainer_class,
+            "policy",
+            policy_path,
+            active_config(trainer_class, [name], tmp_path, max_steps=1, **values),
+            data=stream,
+        ).train()
         with pytest.raises(ValueError, match=f"'{name}'.*map-style"):
             build(trainer_class, "policy", policy_path, active_config(trainer_class, [name], tmp_path), data=stream)
 

@@ -117,26 +117,27 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
         args = self.make_config(args, model)
         train_dataset = trl_args[0] if trl_args else trl_kwargs.get("train_dataset")
         self.check_columns(train_dataset)
-        self._needs_map_style = self.method_names_of("choose_prompts", "filter_groups")
-        if self._needs_map_style and train_dataset is not None and not isinstance(train_dataset, Dataset):
+        drawing = self.prompt_drawing_methods(args)
+        if drawing and train_dataset is not None and not isinstance(train_dataset, Dataset):
             raise ValueError(
-                f"Methods {self._needs_map_style} choose or refill prompts and need a map-style `train_dataset`, got "
+                f"Methods {drawing} choose or refill prompts and need a map-style `train_dataset`, got "
                 f"`{type(train_dataset).__name__}`. Load the dataset without streaming."
             )
-        if self._needs_map_style and trl_kwargs.get("environment_factory") is not None:
+        if drawing and trl_kwargs.get("environment_factory") is not None:
             raise ValueError(
-                f"Methods {self._needs_map_style} choose or refill prompts, which `environment_factory` does not "
-                "support: an environment owns its prompts. Leave one of the two out."
+                f"Methods {drawing} choose or refill prompts, which `environment_factory` does not support: an "
+                "environment owns its prompts. Leave one of the two out."
             )
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
         self._set_up_scoring()
         self._set_up_batching()
-        if self._needs_map_style and self._is_vlm:
-            raise ValueError(f"Methods {self._needs_map_style} support text models only, got a vision-language model.")
+        if drawing and self._is_vlm:
+            raise ValueError(f"Methods {drawing} support text models only, got a vision-language model.")
 
-    def method_names_of(self, *stages: str) -> list[str]:
-        """Names of the methods in this trainer that act on one of `stages`."""
-        return [m.name for m in self.methods if {*stages} & {*m.extends, *m.replaces}]
+    @classmethod
+    def prompt_drawing_methods(cls, args: Any) -> list[str]:
+        """Names of the methods that, under the config `args`, choose or refill prompts. Extend through `super()`."""
+        return []
 
     # --- Stages -------------------------------------------------------------------------------------------------
 

@@ -148,6 +148,10 @@ class DlerGRPOTrainer(PolicyTrainer):
         "eprint  = {arXiv:2510.15110}\n}",
     }
 
+    @classmethod
+    def prompt_drawing_methods(cls, args):
+        return super().prompt_drawing_methods(args) + ["dler"] * args.dynamic_sampling
+
     def score(self, scored: ScoredBatch) -> torch.Tensor:
         rewards = super().score(scored)
         if self.args.length_penalty == "none":

@@ -119,6 +119,10 @@ class GainRlGRPOTrainer(PolicyTrainer):
         if self.args.gain_sigma is not None:
             last_mlp(self.model)
 
+    @classmethod
+    def prompt_drawing_methods(cls, args):
+        return super().prompt_drawing_methods(args) + ["gain_rl"] * (args.gain_sigma is not None)
+
     def choose_prompts(self, count: int, round: int) -> list[int] | None:
         if self.args.gain_sigma is None:
             return super().choose_prompts(count, round)
