@@ -71,7 +71,7 @@ def task_data(task: Task, family: str, arguments: JobArguments, seed: int, chat:
     view = {"policy": lambda d: d, "preference": task.preference, "supervised": task.supervised}[family]
     problems = test if len(test) else None
     data = JobData(
-        view(train), view(test) if problems else None, problems, [task.reward], "accuracy", task.max_new_tokens
+        view(train), view(test) if problems else None, problems, [task.reward], task.measure, task.max_new_tokens
     )
     if chat:
         data.train, data.eval, data.problems = (d and as_messages(d) for d in (data.train, data.eval, data.problems))
@@ -146,7 +146,7 @@ def check_reward_columns(judges: list[Callable], train: Dataset | IterableDatase
             if column not in present | GIVEN_TO_REWARDS:
                 raise JobError(
                     f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its "
-                    f"columns are {sorted(present)}. Rename the column that holds it, or choose another `--reward_funcs`."
+                    f"columns are {sorted(present)}. Rename the column that has it, or choose other `--reward_funcs`."
                 )
 
 

@@ -18,6 +18,7 @@ SHOWN_SAMPLES = 20
 # Metric, title, label of the vertical axis; those that a run did not log are left out
 PANELS = (
     ("held_out/accuracy", "Held-out accuracy (greedy)", "share of prompts"),
+    ("held_out/score", "Held-out score (greedy)", "mean score"),
     ("held_out/reward", "Held-out reward (greedy)", "mean reward"),
     ("reward", "Training reward", "mean reward"),
     ("entropy", "Entropy of the policy", "nats per token"),
@@ -72,7 +73,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 class ProgressBar(ProgressCallback):
     """A progress bar with remaining time that shows the newest values in place of a line for every log."""
 
-    SHOWN = ("reward", "loss", "held_out/accuracy", "held_out/reward", "rewards/accuracies")
+    SHOWN = ("reward", "loss", "held_out/accuracy", "held_out/score", "held_out/reward", "rewards/accuracies")
 
     def __init__(self):
         super().__init__()
@@ -160,7 +161,7 @@ def _fenced(text: str) -> str:
 
 
 def complete_card(card: Path, measure: str, before: Answers | None, after: Answers | None) -> None:
-    """Add held-out scores, curves and samples to TRL's model card, and make good what it says of unpublished models."""
+    """Add held-out scores, curves and samples to TRL's model card, and mend what it says of unpublished models."""
     text = card.read_text().replace(
         "This model is a fine-tuned version of [None](https://huggingface.co/None).",
         "This model was trained by papertrl from a start model that is not on the Hub.",

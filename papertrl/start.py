@@ -1,5 +1,6 @@
 """The built-in start model: a tiny causal LM, made on the spot and warmed up on a task by supervised learning."""
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from datasets import Dataset
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import JobError
 from .tiny import tiny_model, tiny_tokenizer
@@ -93,12 +94,20 @@ def prepare_model(name: str, gguf_file: str | None) -> tuple[PreTrainedModel, Pr
         raise JobError("GGUF models need the package `gguf`. Install it with `pip install 'papertrl[offline]'`.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
-        model = AutoModelForCausalLM.from_pretrained(name, gguf_file=gguf_file, dtype=torch.float32)
+        unpacked = AutoModelForCausalLM.from_pretrained(
+            name, gguf_file=gguf_file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        )
     except (OSError, ValueError) as error:
         raise JobError(
             f"GGUF file '{gguf_file}' of model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}. Check "
             "`--model_name_or_path` and `--gguf_file`."
         ) from error
+    # What transformers has unpacked still counts as quantized, which can be neither trained nor saved
+    config = copy.deepcopy(unpacked.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(unpacked.state_dict())
     return model, tokenizer
 
 

@@ -17,11 +17,14 @@ class Task(ABC):
     Attributes:
         name (`str`):
             Name on the command line.
+        measure (`str`):
+            What the verifier's mean is called: `accuracy` where it says right or wrong.
         max_new_tokens (`int`):
             Completion tokens that leave room for every answer.
     """
 
     name: ClassVar[str]
+    measure: ClassVar[str] = "accuracy"
     max_new_tokens: int
 
     @abstractmethod

@@ -35,6 +35,8 @@ class ReasoningGymTask(Task):
     """
 
     name = "reasoning_gym"
+    # Generators give partial credit
+    measure = "score"
 
     def __init__(self, generator: str, max_new_tokens: int = 64, **config):
         gym = _import_reasoning_gym()

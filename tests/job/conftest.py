@@ -2,30 +2,29 @@ import pytest
 
 from papertrl import cli
 
-SMALL = [
-    "--max_steps",
-    "3",
-    "--logging_steps",
-    "1",
-    "--start_model_steps",
-    "120",
-    "--warmup_steps",
-    "0",
-    "--task_size",
-    "64",
-    "--held_out_prompts",
-    "8",
-    "--disable_tqdm",
-    "--per_device_train_batch_size",
-    "16",
-    "--num_generations",
-    "4",
-    "--save_steps",
-    "2",
-    "--learning_rate",
-    "1e-3",
-]
-SMALL += ["--task_kwargs", '{"digits": 1}']
+SETTINGS = {
+    "max_steps": 3,
+    "logging_steps": 1,
+    "start_model_steps": 120,
+    "warmup_steps": 0,
+    "task_size": 64,
+    "task_kwargs": '{"digits": 1}',
+    "held_out_prompts": 8,
+    "disable_tqdm": True,
+    "per_device_train_batch_size": 16,
+    "num_generations": 4,
+    "learning_rate": 1e-3,
+    "save_steps": 2,
+}
+
+
+def flags(**changes):
+    """Command line of a job of a few steps; `None` leaves a flag out."""
+    settings = {name: value for name, value in {**SETTINGS, **changes}.items() if value is not None}
+    return [text for name, value in settings.items() for text in (f"--{name}", str(value))]
+
+
+SMALL = flags()
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papertrl import cli
 
-from .conftest import SMALL
+from .conftest import SMALL, flags
 
 
 @pytest.fixture(autouse=True)
@@ -36,9 +36,8 @@ def test_a_run_leaves_everything(small_run):
 
 @pytest.mark.parametrize("methods", [["rpo"], ["asft"], ["gain_rl", "dler"]])
 def test_other_families_and_combinations(methods, tmp_path, capsys):
-    size = ["--per_device_train_batch_size", "4"] if methods[0] in ("rpo", "asft") else []
-    flags = [flag for flag in SMALL if not size or flag not in ("--num_generations", "4")]
-    assert cli.main(["train", "--methods", *methods, *flags, *size, "--max_steps", "2", "--output_dir", "out"]) == 0
+    changes = {"num_generations": None} if methods[0] in ("rpo", "asft") else {}
+    assert cli.main(["train", "--methods", *methods, *flags(max_steps=2, **changes), "--output_dir", "out"]) == 0
     out = capsys.readouterr().out
     for name in ("model.safetensors", "README.md", "metrics.jsonl", "training_curves.png", "samples.md"):
         assert f"out/{name}" in out and (tmp_path / "out" / name).exists()
@@ -56,8 +55,8 @@ def test_resume_gives_the_same_model_and_metrics(small_run, tmp_path):
     shutil.copytree(small_run, copy)
     shutil.rmtree(copy / "checkpoint-3")
     (copy / "model.safetensors").unlink()
-    flags = [*SMALL, "--output_dir", str(copy), "--resume_from_checkpoint", str(copy / "checkpoint-2")]
-    assert cli.main(["train", *flags]) == 0
+    arguments = [*SMALL, "--output_dir", str(copy), "--resume_from_checkpoint", str(copy / "checkpoint-2")]
+    assert cli.main(["train", *arguments]) == 0
     first, second = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (small_run, copy))
     assert all(torch.equal(first[name], second[name]) for name in first)
     steps = [json.loads(line)["step"] for line in (copy / "metrics.jsonl").read_text().splitlines()]
