@@ -243,6 +243,7 @@ def parse(choice: Choice) -> Job:
         job, training, model, rest = parser.parse_args_into_dataclasses(
             choice.rest, return_remaining_strings=True, look_for_args_file=False
         )
+        trainer_class.refuse_clashes(training)
     except (ValueError, TypeError) as error:
         raise UsageError(_with_remedy(str(error))) from error
     if rest:

@@ -69,6 +69,7 @@ def test_recipes_parse():
     "argv, parts",
     [
         (["--method", "lpreg"], ["Unknown method 'lpreg'", "'lp_reg'"]),
+        (["--methods", "lite_ppo", "dler"], ["'lite_ppo' and 'dler'", "stage 'scale'", "advantage_whitening='none'"]),
         (["--methods", "lp_reg", "rpo"], ["different families", "LpRegGRPOTrainer", "RpoDPOTrainer"]),
         (["--methods", "dler", "dler"], ["listed twice", "DlerGRPOTrainer"]),
         (["--method", "dler", "--methods", "lp_reg"], ["both given"]),

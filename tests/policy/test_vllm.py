@@ -1,0 +1,64 @@
+"""vLLM stays TRL's: the code path up to the boundary of its client, with a client that answers from a table."""
+
+import hashlib
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from papertrl.catalogue import load_trainer
+from papertrl.trainers.method import compose
+from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
+
+from ..suite import active_config, dataset, digit_parity, history, settings, weights
+
+
+class FakeClient:
+    """Answers as TRL's `VLLMGeneration` does: token ids, and per token the log-probs of the sampler."""
+
+    def __init__(self):
+        self.synced, self.calls = 0, []
+
+    def sync_weights(self):
+        self.synced += 1
+
+    def generate(self, prompts, images, num_generations, profiler):
+        self.calls.append(len(prompts))
+        ids, logps = [], []
+        for i, prompt in enumerate(prompts):
+            digest = hashlib.sha256(f"{prompt}-{i % num_generations}-{len(self.calls)}".encode()).digest()
+            ids.append([4 + byte % 60 for byte in digest[: 1 + digest[31] % 5]] + [2])
+            logps.append([[-4.0 - byte / 256] for byte in digest[: len(ids[-1])]])
+        return None, ids, logps, None
+
+
+def train(trainer_class, args, model):
+    trainer = trainer_class(model, [digit_parity], args, train_dataset=dataset("policy"))
+    # As the constructor would set it with a running server
+    trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeClient(), -1
+    trainer.train()
+    return trainer
+
+
+def test_base_equals_trl(policy_path, tmp_path):
+    values = settings("policy", tmp_path)
+    theirs = train(GRPOTrainer, GRPOConfig(**values), policy_path)
+    ours = train(PolicyTrainer, PolicyConfig(**values, skip_zero_rows=False), policy_path)
+    assert ours.vllm_generation.synced == 3 and ours.vllm_generation.calls == theirs.vllm_generation.calls
+    expected = weights(theirs)
+    for key, value in weights(ours).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-4, atol=1e-6)
+    names = [name for name in history(theirs)[0] if name.startswith("sampling/")]
+    assert names
+    for found, wanted in zip(history(ours)[:3], history(theirs)[:3], strict=True):
+        assert {n: found[n] for n in names} == pytest.approx({n: wanted[n] for n in names}, rel=1e-4)
+
+
+def test_combination_trains_on_what_the_client_sampled(policy_path, tmp_path):
+    names = ["lp_reg", "d3s", "dler", "gain_rl"]
+    trainer_class = compose(*map(load_trainer, names))
+    values = {"truncation_length": 5, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
+    trainer = train(trainer_class, active_config(trainer_class, names, tmp_path, **values), policy_path)
+    assert all(value.isfinite().all() for value in weights(trainer).values())
+    logged = set().union(*trainer.state.log_history)
+    assert {trainer_class.method.signal for trainer_class in map(load_trainer, names)} <= logged
