@@ -57,6 +57,7 @@ def measure(stepper: harness.Stepper, number: int) -> float:
     """Seconds of a step on the batches that the trainer's own data loader gives."""
     trainer = stepper.trainer
     if number == 0:
+        torch.manual_seed(0)
         stepper.batches = itertools.cycle(trainer.get_train_dataloader())
     batches = list(itertools.islice(stepper.batches, trainer.args.gradient_accumulation_steps))
     stepper.counted.clear()
@@ -74,10 +75,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_plain(model, folder)
             neutral = make(family, getattr(papertrl, base), {}, model, tokenizer, folder)
-            measure(neutral, 0)
             for name in (name for name, of in METHODS.items() if of == family):
                 method = make(family, load_trainer(name), SETTINGS.get(name, {}), model, tokenizer, folder)
-                measure(method, 0)
+                for stepper in (neutral, method):
+                    measure(stepper, 0)
                 pairs = [(measure(neutral, i), measure(method, i)) for i in range(1, args.pairs + 1)]
                 relative = harness.spread([seconds / base_seconds for base_seconds, seconds in pairs])
                 results["methods"][name] = {

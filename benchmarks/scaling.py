@@ -63,11 +63,13 @@ def main() -> None:
             if key not in measured:
                 measured[key] = measure(point, args.pairs)
         pairs = [measured[tuple(point.values())] for point in points]
-        seconds = {side: [harness.spread([pair[side]["step"] for pair in at]) for at in pairs] for side in SIDES}
-        slopes = {side: slope(sizes, [at["median"] for at in seconds[side]]) for side in SIDES}
+        seconds = {
+            side: [harness.spread([pair[side]["step"] for pair in at]) for at in pairs] for side in harness.SIDES
+        }
+        slopes = {side: slope(sizes, [at["median"] for at in seconds[side]]) for side in harness.SIDES}
         slopes["ideal"] = slope(sizes, [needed_positions(point) for point in points])
         results["axes"][axis] = {"sizes": sizes, "seconds": seconds, "slopes": slopes, "pairs": pairs}
-        medians = {side: [round(at["median"], 2) for at in seconds[side]] for side in SIDES}
+        medians = {side: [round(at["median"], 2) for at in seconds[side]] for side in harness.SIDES}
         print(f"{axis:<8} {sizes}  trl {medians['trl']} s  ours {medians['ours']} s")
         print("         slopes: " + ", ".join(f"{name} {value:.2f}" for name, value in slopes.items()), flush=True)
     harness.write(args.output, "scaling", results)
