@@ -1,5 +1,5 @@
 """
-The table in `benchmarks/README.md` and `results/steps.png`, from the results.
+The tables in `benchmarks/README.md` and on the front page, and `results/steps.png`, from the results.
 
     python benchmarks/plot.py
 """
@@ -18,6 +18,8 @@ TARGETS = {"grpo_a": 2.5, "grpo_b": 2.0, "grpo_c": 3.0, "grpo_d-fp32": 2.0, "grp
 PHASES = {"generation": "#4c78a8", "reference": "#b279a2", "update": "#f58518"}
 README = Path(__file__).parent / "README.md"
 MARKS = ("<!-- results -->", "<!-- end of results -->")
+FRONT_PAGE = README.parents[1] / "README.md"
+FRONT_MARKS = ("<!-- benchmarks -->", "<!-- end of benchmarks -->")
 
 
 def load(name: str) -> dict:
@@ -50,6 +52,21 @@ def step_table(files: dict[str, dict]) -> str:
         lines.append(
             f"| ({name.split('_')[1]}) | {peaks} | {difference} | {file['machine']['cores_used_by_others']:.2f} |"
         )
+    return "\n".join(lines)
+
+
+def front_table(files: dict[str, dict]) -> str:
+    """The few columns that the front page shows."""
+    lines = [
+        "| one optimizer step | TRL | papertrl | faster | peak memory, TRL | papertrl |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, file in files.items():
+        summary = file["results"]["summary"]
+        times = " | ".join(f"{summary[side]['step']['median']:.2f} s" for side in SIDES)
+        peaks = " | ".join(f"{summary[side]['peak_mib']:.0f} MiB" for side in SIDES)
+        faster = f"**{summary['ratio']['step']['median']:.1f}×**"
+        lines.append(f"| ({name.split('_')[1]}) {file['results']['title']} | {times} | {faster} | {peaks} |")
     return "\n".join(lines)
 
 
@@ -131,9 +148,14 @@ def main() -> None:
         parts.append(scaling_table(extra["scaling"]))
     if extra["methods"]:
         parts.append(method_table(extra["methods"]))
-    head, rest = README.read_text().split(MARKS[0])
-    tail = rest.split(MARKS[1])[1]
-    README.write_text("\n\n".join([head.rstrip(), MARKS[0], *parts, MARKS[1] + tail]))
+    fill(README, MARKS, "\n\n".join(parts))
+    fill(FRONT_PAGE, FRONT_MARKS, front_table(files))
+
+
+def fill(page: Path, marks: tuple[str, str], text: str) -> None:
+    head, rest = page.read_text().split(marks[0])
+    tail = rest.split(marks[1])[1]
+    page.write_text(f"{head}{marks[0]}\n\n{text}\n\n{marks[1]}{tail}")
 
 
 if __name__ == "__main__":

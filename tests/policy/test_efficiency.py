@@ -10,6 +10,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from papertrl.catalogue import load_trainer
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
+from papertrl.trainers.policy.batching import PolicyBatching
 from papertrl.trainers.policy.scoring import rollout_inputs
 from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets, why_not_shared
 
@@ -170,7 +171,9 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
         None,
     )
     ours._prepare_inputs(rows)
-    assert sum(len(b["advantages"]) for b in ours._buffered_inputs) == (16 if options.get("beta") else 16 * (1 - zero))
+    # The live rows fit into one micro-batch; a row without effect stands in for the other
+    computed = [len(b["advantages"]) for b in ours._buffered_inputs]
+    assert computed == ([8, 8] if options.get("beta") else [8, 1]) and zero == 0.5
     loss, found = gradient(ours, ours._buffered_inputs)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     scale = max(g.abs().max() for g in expected.values())
@@ -202,6 +205,37 @@ def test_micro_batches_hold_whole_groups_and_every_row_once(policy_path, tmp_pat
     groups = [batch["group_ids"].tolist() for batch in trainer._buffered_inputs]
     assert [len(g) for g in groups] == [8] * 4 and all(len(set(g)) == 2 for g in groups)
     assert sorted(group for batch in groups for group in batch) == sorted(list(range(8)) * 4)
+
+
+@given(
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from([1, 2, 3, 4, 8]),
+    st.data(),
+)
+def test_every_cut_covers_the_rows_with_effect_in_micro_batches_of_allowed_size(count, groups, limit, data):
+    total = limit * count
+    ids = torch.arange(total) * groups // total
+    computed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)))
+    rows = torch.arange(total)[computed]
+    stub = type("Stub", (), {"args": type("Args", (), {"per_device_train_batch_size": limit})})
+    cut = PolicyBatching._cut(stub, rows, ids[rows], count)
+    assert [row for batch in cut for row in batch.tolist()] == rows.tolist()
+    assert len(cut) <= count and all(0 < len(batch) <= limit for batch in cut)
+    # Rows without effect suffice to stand in for the micro-batches that are missing
+    assert count - len(cut) <= total - len(rows)
+
+
+def test_live_groups_are_not_divided(policy_path, tmp_path):
+    def reward(prompts, completions, **kwargs):
+        return [i % 2.0 if p[0] in "12" else 1.0 for i, p in enumerate(prompts)]
+
+    values = settings("policy", tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    trainer = PolicyTrainer(policy_path, reward, PolicyConfig(**values), train_dataset=dataset("policy"))
+    trainer.model.train()
+    trainer._prepare_inputs([row for i in (1, 2, 5, 8) for row in [trainer.train_dataset[i]] * 4])
+    sizes = [len(batch["group_ids"].unique()) for batch in trainer._buffered_inputs]
+    assert sizes == [1] * 4 and [len(b["group_ids"]) for b in trainer._buffered_inputs] == [4, 4, 1, 1]
 
 
 @pytest.mark.parametrize(

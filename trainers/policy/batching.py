@@ -81,15 +81,29 @@ class PolicyBatching(PolicyScoring):
         windows = max(1, steps // self.args.gradient_accumulation_steps)
         batches = []
         for window in order.chunk(windows):
-            rows = window[computed[window]]
-            count = steps // windows
-            if len(rows) < count:
-                # Every rank runs equally many micro-batches: rows without effect stand in
-                rows = torch.cat([rows, window[~computed[window]][: count - len(rows)]])
-            batches += list(rows.tensor_split(count))
+            rows, count = window[computed[window]], steps // windows
+            cut = self._cut(rows, record.group_ids.cpu()[rows], count)
+            # Every rank runs equally many micro-batches: where rows do not suffice, ones without effect stand in
+            batches += cut + list(window[~computed[window]][: count - len(cut)].unsqueeze(1))
         skipped = torch.tensor([len(order) - sum(map(len, batches)), len(order)], device=self.accelerator.device)
         self.log_mean("rows/skipped_fraction", *skipped)
         return batches
+
+    def _cut(self, rows: torch.Tensor, group_ids: torch.Tensor, count: int) -> list[torch.Tensor]:
+        """At most `count` micro-batches of `rows`, none empty, between groups if whole groups fit."""
+        limit = self.args.per_device_train_batch_size
+        sizes = torch.unique_consecutive(group_ids, return_counts=True)[1].tolist()
+        batches: list[list[torch.Tensor]] = []
+        room = 0
+        for group in rows.split(sizes):
+            if len(group) > room:
+                batches.append([])
+                room = limit
+            batches[-1].append(group)
+            room -= len(group)
+        if len(batches) > count or max(sizes, default=0) > limit:
+            return list(rows.tensor_split(min(count, len(rows))))
+        return [torch.cat(groups) for groups in batches]
 
     @staticmethod
     def _rows(record: RolloutRecord, rows: torch.Tensor) -> dict[str, Any]:

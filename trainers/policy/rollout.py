@@ -32,6 +32,8 @@ class PolicyRollout(PolicyBatching):
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
             torch.no_grad(),
+            # Around the whole loop, so that the weights are cast once and not at every token
+            self.accelerator.autocast(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
             reason = "the model is multimodal" if self._is_vlm else supported(model, self.generation_config)
