@@ -115,7 +115,7 @@ def plot(files: dict[str, dict], scaling: dict | None) -> None:
             top.text(place + offset, bottom + 0.015, text, ha="center", weight="normal" if side == "trl" else "bold")
     top.set_xticks(range(len(files)), [f"({name.split('_')[1]})" for name in files])
     top.set_ylabel("time of a step, TRL = 1")
-    top.set_ylim(0, 1.15)
+    top.set_ylim(0, 1.3)
     top.set_title("One optimizer step: TRL (left, pale) and papertrl (right) on the same completions")
     patches = [plt.Rectangle((0, 0), 1, 1, color=color) for color in PHASES.values()]
     top.legend(patches, PHASES, ncols=3, loc="upper right")
