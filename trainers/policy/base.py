@@ -71,7 +71,9 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
 
 class PolicyTrainer(MethodTrainer, PolicyRollout):
     """
-    [`~trl.GRPOTrainer`] whose step is a sequence of stages. By itself it trains exactly as its parent does.
+    [`~trl.GRPOTrainer`] whose step is a sequence of stages. By itself it trains as its parent does: to the bit with
+    `fast_rollouts`, `share_prompts`, `group_batches` and `skip_zero_rows` off. With them on, as they are by default,
+    sampling follows the same law with other draws, and gradients agree up to rounding.
 
     In the order in which data flows:
 

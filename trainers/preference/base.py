@@ -57,7 +57,8 @@ class PreferenceConfig(MethodConfigMixin, DPOConfig):
 
 class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
     """
-    [`~trl.DPOTrainer`] whose step is a sequence of stages. By itself it trains exactly as its parent does.
+    [`~trl.DPOTrainer`] whose step is a sequence of stages. By itself it trains as its parent does: to the bit with
+    `share_prompts` off, up to rounding with it on, as it is by default.
 
     In the order in which data flows:
 
