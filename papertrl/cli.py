@@ -1,4 +1,4 @@
-"""The command line: `papertrl train`, `papertrl methods`. `scripts/train.py` runs the first."""
+"""The command line: `papertrl train`, `papertrl methods`, `papertrl claims`. `scripts/train.py` runs the first."""
 
 import ast
 import os
@@ -16,6 +16,7 @@ from .errors import JobError, UsageError, paragraph
 USAGE = """\
 usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECIPE] [flags]
        papertrl methods
+       papertrl claims [METHOD ...] [--help]
 
 Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
 two minutes on two CPU cores, without network.
@@ -76,8 +77,10 @@ def _dispatch(argv: list[str]) -> int:
     if command == "methods":
         print(method_list())
         return 0
+    if command == "claims":
+        return _claims(rest)
     if command != "train":
-        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods.")
+        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims.")
     choice = choose(rest)
     if choice.list_methods:
         print(method_list())
@@ -87,6 +90,14 @@ def _dispatch(argv: list[str]) -> int:
         print(method_help(choice) if named else USAGE, end="")
         return 0
     return _train(choice, argv)
+
+
+def _claims(argv: list[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    from .evidence.command import main as claims
+
+    return claims(argv)
 
 
 def _train(choice: Choice, argv: list[str]) -> int:

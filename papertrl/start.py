@@ -1,17 +1,24 @@
 """The built-in start model: a tiny causal LM, made on the spot and warmed up on a task by supervised learning."""
 
 import copy
+import hashlib
 import importlib.util
+import json
+import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import Dataset
+from filelock import FileLock
 from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import JobError
+from .tasks import Task
 from .tiny import tiny_model, tiny_tokenizer
 
 IGNORED = -100
@@ -20,13 +27,22 @@ DEMONSTRATIONS = 20_000
 # Most of what the start model imitates is wrong, so that there is something for a policy gradient to put right
 ERROR_SHARE = 0.6
 LEARNING_RATE = 3e-3
+# Learning rates of a pretrained model over those of the tiny one
+REAL_MODEL_RATE = 0.01
 
 
 def make_start_model(
-    examples: Dataset, steps: int, seed: int, disable_tqdm: bool = False
+    examples: Dataset,
+    steps: int,
+    seed: int,
+    disable_tqdm: bool = False,
+    *,
+    base_model: str | None = None,
+    hidden_size: int = 64,
+    num_layers: int = 2,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
-    Make a tiny model and train it for `steps` steps to complete `examples`.
+    Make a tiny model, or load one, and train it for `steps` steps to complete `examples`.
 
     Args:
         examples (`Dataset`):
@@ -37,18 +53,33 @@ def make_start_model(
             Seed of the weights and of the order of examples.
         disable_tqdm (`bool`, *optional*, defaults to `False`):
             Whether to show no progress bar.
+        base_model (`str`, *optional*):
+            Model to warm up instead of the tiny one: `smollm2`, a Hub id, or a folder.
+        hidden_size (`int`, *optional*, defaults to `64`), num_layers (`int`, *optional*, defaults to `2`):
+            Size of the tiny model.
+
+    Raises:
+        [`~papertrl.errors.JobError`]: if `base_model` cannot be loaded.
     """
-    tokenizer = tiny_tokenizer()
     torch.manual_seed(seed)
-    model = tiny_model(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps + 1)
+    learning_rate = LEARNING_RATE
+    if base_model is None:
+        tokenizer = tiny_tokenizer()
+        model = tiny_model(tokenizer, hidden_size, num_layers)
+    else:
+        model, tokenizer = _load(base_model)
+        learning_rate *= REAL_MODEL_RATE
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps + 1)
     model.train()
     batches = _batches(examples, tokenizer, steps)
-    for input_ids, labels in tqdm(batches, total=steps, desc="Warm-up", leave=False, disable=disable_tqdm):
-        attention_mask = (input_ids != tokenizer.pad_token_id).long()
-        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
-        loss = cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+    for input_ids, labels, attention_mask in tqdm(
+        batches, total=steps, desc="Warm-up", leave=False, disable=disable_tqdm
+    ):
+        inputs = {"input_ids": input_ids.to(model.device), "attention_mask": attention_mask.to(model.device)}
+        logits = model(**inputs).logits[:, :-1]
+        labels = labels[:, 1:].flatten().to(model.device)
+        loss = cross_entropy(logits.flatten(0, 1), labels, ignore_index=IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -58,9 +89,51 @@ def make_start_model(
     return model, tokenizer
 
 
+def cached_start_model(
+    task: Task, error_share: float, steps: int, seed: int, disable_tqdm: bool = False, **model_settings: Any
+) -> Path:
+    """
+    Folder of a start model that was warmed up on a task, made if it is not there yet.
+
+    Folders are below `$PAPERTRL_CACHE` (default `~/.cache/papertrl`), under a name that depends on everything that
+    determines the model. Processes that want the same one at the same time wait for the first.
+
+    Args:
+        task ([`~papertrl.tasks.Task`]):
+            Task whose demonstrations are imitated.
+        error_share (`float`):
+            Share of demonstrations with the task's typical error.
+        steps (`int`), seed (`int`), disable_tqdm (`bool`), **model_settings:
+            As in [`make_start_model`].
+    """
+    examples = task.demonstrations(DEMONSTRATIONS, seed, error_share)
+    rows = json.dumps([list(examples["prompt"]), list(examples["completion"])])
+    key = json.dumps([rows, steps, seed, model_settings, LEARNING_RATE, BATCH_SIZE, torch.__version__])
+    root = Path(os.environ.get("PAPERTRL_CACHE", "~/.cache/papertrl")).expanduser() / "start_models"
+    path = root / f"{task.name.replace(':', '-')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            model, tokenizer = make_start_model(examples, steps, seed, disable_tqdm, **model_settings)
+            partial = Path(tempfile.mkdtemp(dir=root))
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            partial.rename(path)
+    return path
+
+
+def _load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name == "smollm2":
+        return prepare_model(name, None)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise JobError(f"Model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}.") from error
+
+
 def _batches(
     examples: Dataset, tokenizer: PreTrainedTokenizerBase, steps: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     prompts = tokenizer(list(examples["prompt"]), add_special_tokens=False)["input_ids"]
     completions = tokenizer(list(examples["completion"]), add_special_tokens=False)["input_ids"]
     for _ in range(steps):
@@ -69,10 +142,12 @@ def _batches(
         width = max(map(len, texts))
         input_ids = torch.full((BATCH_SIZE, width), tokenizer.pad_token_id)
         labels = torch.full((BATCH_SIZE, width), IGNORED)
+        attention_mask = torch.zeros((BATCH_SIZE, width), dtype=torch.long)
         for row, (i, text) in enumerate(zip(rows, texts, strict=True)):
             input_ids[row, : len(text)] = torch.tensor(text)
+            attention_mask[row, : len(text)] = 1
             labels[row, len(prompts[i]) : len(text)] = torch.tensor(text[len(prompts[i]) :])
-        yield input_ids, labels
+        yield input_ids, labels, attention_mask
 
 
 def prepare_model(name: str, gguf_file: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

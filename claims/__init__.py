@@ -1,0 +1,1 @@
+"""One small experiment per method: does the paper's claim hold here?"""

@@ -1,0 +1,133 @@
+"""The command `papertrl claims`."""
+
+import argparse
+import json
+import shlex
+import time
+from pathlib import Path
+
+from ..errors import UsageError
+from .claim import Claim, claimed, load_claim
+from .study import FRESH_SEEDS, Study, result
+
+USAGE = """\
+usage: papertrl claims [METHOD ...] [flags]
+
+Test whether papers' claims hold on small tasks. Every arm's grid is searched on development seeds; the verdict comes
+from fresh ones, by the 95 % interval of the paired differences. A claim takes up to ten minutes on two CPU cores.
+Stop it at any time: the same command goes on where it was.
+
+  METHOD ...          methods whose claims are run (default: all that have one)
+  --seeds N           fresh seeds (default: 5)
+  --first_seed K      first of the fresh seeds (default: 0)
+  --jobs K            processes at a time (default: 2)
+  --model NAME        start from this model (`smollm2`, Hub id, folder) instead of the tiny one
+  --output_dir DIR    where results and plots go (default: claims/results)
+  --work_dir DIR      where finished runs are kept (default: runs/claims)
+  --quick             three steps a run and one seed, to see that the claims still run; no verdict
+  --list              list claims and their verdicts
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UsageError(f"{message[0].upper()}{message[1:]}. `papertrl claims --help` shows the usage.")
+
+
+def main(argv: list[str]) -> int:
+    """
+    Run claims and write their results.
+
+    Args:
+        argv (`list[str]`):
+            Arguments after `papertrl claims`.
+
+    Raises:
+        [`~papertrl.errors.UsageError`]: for a wrong argument.
+        [`~papertrl.errors.JobError`]: if a run fails.
+    """
+    parser = _Parser(prog="papertrl claims", add_help=False, allow_abbrev=False)
+    parser.add_argument("methods", nargs="*")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--first_seed", "--first-seed", type=int, default=FRESH_SEEDS[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--model")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("claims/results"))
+    parser.add_argument("--work_dir", "--work-dir", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    args = parser.parse_args(argv)
+    if args.help:
+        print(USAGE, end="")
+        return 0
+    claims = [load_claim(name) for name in args.methods or claimed()]
+    if args.list:
+        for claim in claims:
+            print(f"{claim.method:<12} {verdict_of(args.output_dir, claim.method):<10} {claim.statement}")
+        return 0
+    seeds = _seeds(args)
+    if args.quick and args.output_dir == Path("claims/results"):
+        args.output_dir = Path("runs/claims/quick")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for claim in claims:
+        study = Study(claim, args.work_dir, args.model, args.quick, args.jobs)
+        outcome = run(study, seeds, ["papertrl", "claims", *map(shlex.quote, argv)])
+        save(claim, outcome, args.output_dir)
+        print(report(outcome, args.output_dir))
+    return 0
+
+
+def _seeds(args: argparse.Namespace) -> range:
+    if args.seeds < 1:
+        raise UsageError(f"`--seeds` must be at least 1, got {args.seeds}.")
+    if args.jobs < 1:
+        raise UsageError(f"`--jobs` must be at least 1, got {args.jobs}.")
+    seeds = range(args.first_seed, args.first_seed + (1 if args.quick else args.seeds))
+    if seeds[0] not in FRESH_SEEDS or seeds[-1] not in FRESH_SEEDS:
+        raise UsageError(
+            f"`--first_seed` and `--seeds` must stay in [{FRESH_SEEDS[0]}, {FRESH_SEEDS[-1]}], got {seeds[0]} to "
+            f"{seeds[-1]}: later seeds are for development."
+        )
+    return seeds
+
+
+def run(study: Study, seeds: range, command: list[str]) -> dict:
+    """Tune, compare and judge; what is written to the result file."""
+    started = time.perf_counter()
+    tuning = study.tune()
+    runs = study.compare(tuning, seeds)
+    return result(study, tuning, runs, command, (time.perf_counter() - started) / 60)
+
+
+def save(claim: Claim, outcome: dict, output_dir: Path) -> None:
+    """Write result and plot; an interrupted write leaves the old result."""
+    from .plot import draw
+
+    path = output_dir / f"{claim.method}.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(outcome, indent=1) + "\n")
+    partial.replace(path)
+    draw(claim, outcome, output_dir / f"{claim.method}.png")
+
+
+def verdict_of(output_dir: Path, method: str) -> str:
+    """Verdict in a method's result file."""
+    path = output_dir / f"{method}.json"
+    return json.loads(path.read_text())["verdict"] if path.exists() else "not run"
+
+
+def report(outcome: dict, output_dir: Path) -> str:
+    """What the command prints of a result."""
+    lines = [f"{outcome['method']}: {'ran' if outcome['quick'] else outcome['verdict'].upper()}"]
+    for c in outcome["comparisons"]:
+        guards = "".join(
+            f"; {name} {'kept' if guard['holds'] else 'NOT kept'}: {guard['mean']:+.3g} (margin {guard['margin']:g})"
+            for name, guard in c["guards"].items()
+        )
+        lines.append(
+            f"  {c['arm']} against {c['against']}, {c['metric']}: {c['mean']:+.4g} [{c['low']:+.4g}, {c['high']:+.4g}]"
+            f", smallest effect {c['smallest_effect']:g}, {c['direction']} is better: {c['verdict']}{guards}"
+        )
+    lines.append(f"  {outcome['minutes']} minutes; {output_dir / outcome['method']}.json and .png")
+    return "\n".join(lines)

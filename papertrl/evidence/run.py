@@ -1,0 +1,205 @@
+"""One run of a claim: an arm, a point of its grid, a seed."""
+
+import tempfile
+import time
+from statistics import fmean
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from ..catalogue import BASES, load_trainer
+from ..start import REAL_MODEL_RATE, cached_start_model
+from ..trainers.method import compose
+from .claim import Arm, Claim
+from .probe import Probe, evaluation_copy
+
+KEPT_LOGS = ("reward", "loss", "entropy", "grad_norm", "completions/mean_length")
+LOG_POINTS = 40
+COMMON = {
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+}
+
+
+def quick(claim: Claim) -> dict[str, Any]:
+    """Config values that make a run of the claim as short as can be."""
+    generations = claim.settings.get("num_generations", 1)
+    steps = {"max_steps": 3, "per_device_train_batch_size": 4 * generations, "gradient_accumulation_steps": 1}
+    return steps | ({"steps_per_generation": 1} if claim.family == "policy" else {})
+
+
+def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None = None, short: bool = False) -> dict:
+    """
+    Train one arm and measure it.
+
+    Args:
+        claim ([`Claim`]):
+            What is tested.
+        label (`str`):
+            Arm.
+        choice (`dict`):
+            Point of the arm's grid.
+        seed (`int`):
+            Seed of the start model, the problems, their order and the sampling.
+        model (`str`, *optional*):
+            Model to start from instead of the tiny one.
+        short (`bool`):
+            Whether to train for three steps only, to see that it runs.
+
+    Returns:
+        `dict`: `points` (one per measurement: `step`, `sampled_tokens`, `trained_tokens`, `seconds` of training, and
+            what the claim measures) and `logs` (by metric, pairs of step and value).
+    """
+    disable_progress_bar()
+    # Its matrices are so small that threads would wait for each other
+    torch.set_num_threads(1 if model is None else max(1, torch.get_num_threads()))
+    arm = claim.arms[label]
+    task = claim.make_task()
+    start = claim.start
+    size = {"base_model": model} if model else {"hidden_size": start.hidden_size, "num_layers": start.num_layers}
+    start_path = cached_start_model(
+        claim.make_task(**start.task_kwargs), start.error_share, 20 if short else start.steps, seed, True, **size
+    )
+    trainer_class = trainer_of(claim, arm)
+    settings = {**COMMON, **claim.settings, **arm.settings, **choice, **(quick(claim) if short else {})}
+    if model is not None:
+        settings["learning_rate"] *= REAL_MODEL_RATE
+    set_seed(seed)
+    with tempfile.TemporaryDirectory() as output:
+        trainer = trainer_class(
+            model=str(start_path),
+            args=trainer_class.config_class(output_dir=output, seed=seed, **settings),
+            train_dataset=claim.training_rows(task, seed),
+            processing_class=AutoTokenizer.from_pretrained(start_path),
+            **({"reward_funcs": [task.reward]} if claim.family == "policy" else {}),
+        )
+        trainer.remove_callback(PrinterCallback)
+        _, problems = task.splits(claim.train_problems, claim.held_out, seed)
+        length = settings.get("max_completion_length", task.max_new_tokens)
+        observer = Observer(claim, trainer, task, problems, length, 1 if short else claim.evaluations)
+        trainer.add_callback(observer)
+        trainer.train()
+    return {"points": observer.points, "logs": kept_logs(claim, trainer)}
+
+
+def trainer_of(claim: Claim, arm: Arm) -> type:
+    """Trainer class of an arm."""
+    if arm.methods:
+        trainer_class = compose(*map(load_trainer, arm.methods))
+    else:
+        import papertrl
+
+        trainer_class = getattr(papertrl, BASES[claim.family])
+    return arm.control(trainer_class) if arm.control else trainer_class
+
+
+def kept_logs(claim: Claim, trainer: Any) -> dict[str, list[tuple[float, float]]]:
+    """Logged metrics that matter, each averaged over at most forty equal parts of the run."""
+    compared = {metric.name for metric in claim.metrics()}
+    wanted = {*KEPT_LOGS, *claim.logs, *compared, *(m.signal for m in trainer.methods)}
+    kept = {}
+    for name in sorted(wanted):
+        values = [(log["step"], float(log[name])) for log in trainer.state.log_history if name in log]
+        part = -(-len(values) // LOG_POINTS) if name not in compared else 1
+        chunks = [values[i : i + part] for i in range(0, len(values), part or 1)]
+        if chunks:
+            kept[name] = [(chunk[-1][0], fmean(value for _, value in chunk)) for chunk in chunks]
+    return kept
+
+
+class Observer(TrainerCallback):
+    """
+    Measures before training, at evenly spread steps and at the end, and counts tokens and time meanwhile.
+
+    Args:
+        claim ([`Claim`]):
+            What to measure, and how often.
+        trainer ([`~transformers.Trainer`]):
+            Trainer to look at.
+        task ([`~papertrl.tasks.Task`]), problems (`Dataset`), max_new_tokens (`int`):
+            As in [`Probe`].
+        evaluations (`int`):
+            Measurements after the first.
+    """
+
+    def __init__(self, claim: Claim, trainer: Any, task, problems, max_new_tokens: int, evaluations: int):
+        self.claim = claim
+        self.trainer = trainer
+        self.task = task
+        self.problems = problems
+        self.max_new_tokens = max_new_tokens
+        self.evaluations = evaluations
+        self.points: list[dict[str, float]] = []
+        self.seconds = 0.0
+        self.sampled = 0
+        self.trained = 0
+        self.start_model = evaluation_copy(trainer.model)
+        {"policy": self._count_rollouts, "preference": self._count_samples, "supervised": lambda: None}[claim.family]()
+
+    def _count_rollouts(self) -> None:
+        sample, prepare = self.trainer._generate_single_turn, self.trainer.prepare_objective
+
+        def counted_sample(*args, **kwargs):
+            outcome = sample(*args, **kwargs)
+            self.sampled += sum(map(len, outcome[0]))
+            return outcome
+
+        def counted_prepare(record):
+            prepare(record)
+            self.trained += int((record.loss_mask * (record.row_weight > 0).unsqueeze(1)).sum())
+
+        self.trainer._generate_single_turn = counted_sample
+        self.trainer.prepare_objective = counted_prepare
+
+    def _count_samples(self) -> None:
+        sample = self.trainer.sample
+
+        def counted_sample(inputs):
+            outcome = sample(inputs)
+            self.sampled += sum(int(samples.completion_mask.sum()) for samples in outcome.values())
+            return outcome
+
+        self.trainer.sample = counted_sample
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._measure(0)
+        self._resumed = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = max(1, state.max_steps // self.evaluations)
+        if state.global_step % every == 0 or state.global_step == state.max_steps:
+            self.seconds += time.perf_counter() - self._resumed
+            self._measure(state.global_step)
+            self._resumed = time.perf_counter()
+
+    def _measure(self, step: int) -> None:
+        model = self.trainer.model
+        if self.claim.family != "policy":
+            self.trained = self.trainer._total_train_tokens
+        was_training = model.training
+        model.eval()
+        probe = Probe(
+            model,
+            self.start_model,
+            self.trainer.processing_class,
+            self.task,
+            self.problems,
+            self.max_new_tokens,
+        )
+        point = {
+            "step": step,
+            "sampled_tokens": self.sampled,
+            "trained_tokens": self.trained,
+            "seconds": self.seconds,
+        }
+        for measure in self.claim.measures:
+            point |= measure(probe)
+        model.train(was_training)
+        self.points.append(point)
