@@ -3,12 +3,42 @@
 import difflib
 
 from .addition import AdditionTask
-from .base import Task
+from .automaton import AutomatonTask
+from .base import ProceduralTask, Task, VerifiedTask
+from .countdown import CountdownTask
+from .marker import MarkerTask
+from .mixture import MixtureTask
 from .reasoning_gym import ReasoningGymTask
+from .sorting import SortingTask
+from .tool_call import ToolCallTask
 
-__all__ = ["AdditionTask", "ReasoningGymTask", "Task", "load_task"]
+__all__ = [
+    "AdditionTask",
+    "AutomatonTask",
+    "CountdownTask",
+    "MarkerTask",
+    "MixtureTask",
+    "ProceduralTask",
+    "ReasoningGymTask",
+    "SortingTask",
+    "Task",
+    "ToolCallTask",
+    "VerifiedTask",
+    "load_task",
+]
 
-_TASKS = {"addition": AdditionTask}
+_TASKS = {
+    task.name: task
+    for task in (
+        AdditionTask,
+        AutomatonTask,
+        CountdownTask,
+        MarkerTask,
+        MixtureTask,
+        SortingTask,
+        ToolCallTask,
+    )
+}
 
 
 def load_task(name: str, **kwargs) -> Task:
@@ -17,7 +47,8 @@ def load_task(name: str, **kwargs) -> Task:
 
     Args:
         name (`str`):
-            `addition`, or `reasoning_gym:<generator>`.
+            `addition`, `automaton`, `countdown`, `marker`, `mixture`, `sorting`, `tool_call`, or
+            `reasoning_gym:<generator>`.
         **kwargs:
             The task's settings, such as `digits` for `addition`.
 

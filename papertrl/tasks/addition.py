@@ -1,77 +1,114 @@
 """The default task: sums of two operands, such as `07+45=` with the answer `052`."""
 
-import hashlib
 import random
 from collections.abc import Callable
-
-from datasets import Dataset
+from typing import Any
 
 from ..rewards.matching import exact_match
-from .base import Task
-
-TEST_SHARE = 5
+from .base import VerifiedTask, check_range, hash_split
 
 
-class AdditionTask(Task):
+class AdditionTask(VerifiedTask):
     """
     Sums of two operands of up to `digits` digits, padded with zeros to equal width.
 
     The typical error, of [`demonstrations`] and of `wrong_answer`, is to forget the carries. One fifth of the operand
     pairs, chosen by a hash that ignores the operands' order, is kept for the test split.
 
+    A completion may give workings before the answer: the columns' sums from the right, with carries, as in
+    `47+85=` and `12,13;132`. What stands after the last semicolon counts.
+
+    Relations: `reasoning_gym:basic_arithmetic` and `reasoning_gym:chain_sum` ask sums in English.
+
     Args:
         digits (`int`, *optional*, defaults to `2`):
             Difficulty: the largest number of digits of an operand.
+        min_digits (`int`, *optional*):
+            Narrowest operands of a mixture: each problem draws its width between this and `digits`, which the column
+            `difficulty` holds. Unset, all problems are `digits` wide.
+        workings_share (`float`, *optional*, defaults to `0.0`):
+            Share of the demonstrations that give workings.
+        workings_error_share (`float`, *optional*, defaults to `0.0`):
+            Share of those that forget the carries; the direct ones do so at the `error_share` of [`demonstrations`].
 
     Raises:
-        `ValueError`: if `digits` is not in [1, 9].
+        `ValueError`: if `digits` is not in [1, 9], `min_digits` not in [1, `digits`], or a share not in [0, 1].
     """
 
     name = "addition"
+    instruction = "Add the two numbers and write the sum with one digit more than each number, as in 07+45=052."
 
-    def __init__(self, digits: int = 2):
-        if not 1 <= digits <= 9:
-            raise ValueError(f"Task 'addition': `digits` must be in [1, 9], got {digits}.")
+    def __init__(
+        self,
+        digits: int = 2,
+        min_digits: int | None = None,
+        workings_share: float = 0.0,
+        workings_error_share: float = 0.0,
+    ):
+        check_range(self.name, "digits", digits, 1, 9)
+        if min_digits is not None:
+            check_range(self.name, "min_digits", min_digits, 1, digits)
+        check_range(self.name, "workings_share", workings_share, 0, 1, float)
+        check_range(self.name, "workings_error_share", workings_error_share, 0, 1, float)
         self.digits = digits
-        self.max_new_tokens = digits + 2
+        self.min_digits = min_digits
+        self.workings_share = workings_share
+        self.workings_error_share = workings_error_share
+        self.max_new_tokens = digits + 2 + (3 * digits if workings_share else 0)
 
-    def generate(self, n: int, seed: int, split: str = "train") -> Dataset:
-        if split not in ("train", "test"):
-            raise ValueError(f"Task 'addition': `split` must be 'train' or 'test', got '{split}'.")
-        rng = random.Random(f"{seed}-{split}")
-        rows = []
-        while len(rows) < n:
-            a, b = rng.randrange(10**self.digits), rng.randrange(10**self.digits)
+    def problem(self, rng: random.Random) -> dict[str, Any]:
+        return self._row(*self._operands(rng, self._width(rng)), rng)
+
+    def draw(self, rng: random.Random, split: str) -> dict[str, Any]:
+        # The width is not drawn again, so that every split mixes widths evenly
+        width = self._width(rng)
+        while True:
+            a, b, _ = self._operands(rng, width)
             if split_of(a, b) == split:
-                width = self.digits
-                rows.append(
-                    {
-                        "prompt": f"{a:0{width}}+{b:0{width}}=",
-                        "answer": f"{a + b:0{width + 1}}",
-                        "wrong_answer": f"{slip(a, b, rng):0{width + 1}}",
-                    }
-                )
-        return Dataset.from_list(rows)
+                return self._row(a, b, width, rng)
 
-    def demonstrations(self, n: int, seed: int, error_share: float) -> Dataset:
-        rng = random.Random(seed)
-        problems = self.generate(n, seed)
-        completions = []
-        for prompt, answer in zip(problems["prompt"], problems["answer"], strict=True):
-            a, b = map(int, prompt.removesuffix("=").split("+"))
-            forgets = rng.random() < error_share
-            completions.append(f"{without_carry(a, b):0{self.digits + 1}}" if forgets else answer)
-        return Dataset.from_dict({"prompt": list(problems["prompt"]), "completion": completions})
+    def _width(self, rng: random.Random) -> int:
+        return self.digits if self.min_digits is None else rng.randint(self.min_digits, self.digits)
+
+    def _operands(self, rng: random.Random, width: int) -> tuple[int, int, int]:
+        return rng.randrange(10**width), rng.randrange(10**width), width
+
+    def _row(self, a: int, b: int, width: int, rng: random.Random) -> dict[str, Any]:
+        row = {
+            "prompt": f"{a:0{width}}+{b:0{width}}=",
+            "answer": f"{a + b:0{width + 1}}",
+            "wrong_answer": f"{slip(a, b, rng):0{width + 1}}",
+        }
+        return row if self.min_digits is None else {**row, "difficulty": width}
+
+    def demonstrate(self, row: dict[str, Any], rng: random.Random, error_share: float) -> str:
+        works = self.workings_share > 0 and rng.random() < self.workings_share
+        errs = rng.random() < (self.workings_error_share if works else error_share)
+        left, _, right = row["prompt"].removesuffix("=").partition("+")
+        answer = f"{without_carry(int(left), int(right)):0{len(left) + 1}}" if errs else row["answer"]
+        return f"{workings(left, right, carries=not errs)};{answer}" if works else answer
+
+    def score(self, text: str, answer: str) -> float:
+        return exact_match([text.rpartition(";")[2]], [answer])[0]
 
     @property
     def reward(self) -> Callable:
-        return exact_match
+        return super().reward if self.workings_share else exact_match
 
 
 def split_of(a: int, b: int) -> str:
     """Split to which the sum of `a` and `b`, in either order, belongs."""
-    digest = hashlib.sha256(f"{min(a, b)},{max(a, b)}".encode()).digest()
-    return "test" if digest[0] % TEST_SHARE == 0 else "train"
+    return hash_split(f"{min(a, b)},{max(a, b)}")
+
+
+def workings(left: str, right: str, carries: bool = True) -> str:
+    """Sums of the columns of two equally wide numbers, from the right, each with the carry before it: `12,13`."""
+    sums = []
+    carry = 0
+    for x, y in zip(reversed(left), reversed(right), strict=True):
+        sums.append(int(x) + int(y) + carry)
+        carry = sums[-1] // 10 if carries else 0
+    return ",".join(f"{column:02}" for column in sums)
 
 
 def without_carry(a: int, b: int) -> int:

@@ -35,6 +35,7 @@ class ReasoningGymTask(Task):
     """
 
     name = "reasoning_gym"
+    instruction = ""
     # Generators give partial credit
     measure = "score"
 

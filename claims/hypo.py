@@ -1,0 +1,45 @@
+"""HyPO: a penalty on the policy's own samples bounds the divergence that offline pairs leave free."""
+
+from statistics import fmean
+
+from ..evidence import Arm, Claim, Comparison, Metric, Probe, kl_to_start, sampled_accuracy
+
+SCORE = Metric("sampled_accuracy")
+KL = Metric("kl", "lower")
+COVERED = 2
+BETAS = {"beta": (0.05, 0.1)}
+
+
+def uncovered_share(probe: Probe) -> dict[str, float]:
+    """`uncovered`: share of sampled completions whose first letter no offline pair begins with."""
+    covered = "abcdefghijkl"[:COVERED]
+    return {"uncovered": fmean(float(text[:1] not in covered) for text in probe.texts(samples=4))}
+
+
+CLAIM = Claim(
+    method="hypo",
+    statement="Offline pairs bound the divergence only where they cover what the policy can say; a reverse-KL penalty "
+    "on samples of the policy bounds it everywhere, at equal or higher reward.",
+    figures="TL;DR: win rate 46.4 against 42.2 and KL 27.1 against 44.9 (Pythia-1.4B, HyPO against DPO; recalled)",
+    check="Words that must contain a marker; all offline pairs begin with one of two letters of eight. Measured is "
+    "the reverse KL to the start model by samples, with the true reward as guard.",
+    task="marker",
+    task_kwargs={"covered": COVERED},
+    settings={"per_device_train_batch_size": 64, "max_steps": 120, "learning_rate": 3e-4},
+    arms={
+        "DPO": Arm(grid=BETAS),
+        "HyPO": Arm(
+            methods=("hypo",),
+            settings={"online_kl_coef": 0.05, "online_kl_num_samples": 4, "online_kl_max_new_tokens": 13},
+            grid=BETAS,
+        ),
+        "DPO, β tripled": Arm(grid={"beta": (0.15, 0.3)}),
+    },
+    comparisons=(
+        Comparison("HyPO", "DPO", KL, 0.5, guards={SCORE: 0.03}),
+        Comparison("HyPO", "DPO", SCORE, 0.02),
+        Comparison("HyPO", "DPO, β tripled", KL, 0.5, guards={SCORE: 0.03}),
+    ),
+    tune_on=SCORE,
+    measures=(sampled_accuracy, kl_to_start, uncovered_share),
+)
