@@ -18,8 +18,8 @@ CLAIM = Claim(
     statement="Penalizing the loss of low-probability tokens that are not noise sustains exploration: rare but useful "
     "ways to begin an answer survive, entropy stays up, and accuracy ends higher than under GRPO.",
     figures="60.17 % over five maths benchmarks (Qwen3-14B-Base), 2.66 points above the best earlier method",
-    check="Two-digit sums. In 5 % of its answers the start model writes the columns' sums first and is then right; its "
-    "direct answers forget the carries in 60 %. Measured is whether the rare way survives, and what it is worth.",
+    check="Two-digit sums. In 5 % of its answers the start model writes the columns' sums first and is then right; "
+    "its direct answers forget the carries in 60 %. Measured is whether the rare way survives, and what it is worth.",
     task="addition",
     task_kwargs={"digits": 2, "workings_share": 0.05},
     settings={

@@ -10,7 +10,7 @@ BETAS = {"beta": (0.1, 0.5)}
 def answer_logp(probe: Probe) -> dict[str, float]:
     """`answer_logp`: log-probability of the right answers, in nats per answer."""
     answers = probe.tokenizer(list(probe.problems["answer"]), add_special_tokens=False)["input_ids"]
-    answers = [ids + [probe.tokenizer.eos_token_id] for ids in answers]
+    answers = [[*ids, probe.tokenizer.eos_token_id] for ids in answers]
     return {"answer_logp": probe.logps(probe.prompt_ids, answers).sum(1).mean().item()}
 
 

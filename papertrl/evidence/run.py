@@ -6,6 +6,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from datasets import disable_progress_bars
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
@@ -58,6 +59,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
             what the claim measures) and `logs` (by metric, pairs of step and value).
     """
     disable_progress_bar()
+    disable_progress_bars()
     # Its matrices are so small that threads would wait for each other
     torch.set_num_threads(1 if model is None else max(1, torch.get_num_threads()))
     arm = claim.arms[label]
