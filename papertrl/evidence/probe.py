@@ -1,6 +1,5 @@
 """What is measured of a model during a claim's runs."""
 
-import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import fmean
@@ -120,11 +119,6 @@ class Probe:
             logits = model(input_ids=ids).logits[:, :-1].float()
         logps = log_softmax(logits, dim=-1).gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
         return logps * scored[:, 1:]
-
-
-def evaluation_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """Frozen copy of a model."""
-    return copy.deepcopy(model).eval().requires_grad_(False)
 
 
 # --- Measures that several claims share ---------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -14,7 +15,7 @@ from ..catalogue import BASES, load_trainer
 from ..start import REAL_MODEL_RATE, cached_start_model
 from ..trainers.method import compose
 from .claim import Arm, Claim
-from .probe import Probe, evaluation_copy
+from .probe import Probe
 
 KEPT_LOGS = ("reward", "loss", "entropy", "grad_norm", "completions/mean_length")
 LOG_POINTS = 40
@@ -85,7 +86,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
         trainer.remove_callback(PrinterCallback)
         _, problems = task.splits(claim.train_problems, claim.held_out, seed)
         length = settings.get("max_completion_length", task.max_new_tokens)
-        observer = Observer(claim, trainer, task, problems, length, 1 if short else claim.evaluations)
+        observer = Observer(claim, trainer, start_path, task, problems, length, 1 if short else claim.evaluations)
         trainer.add_callback(observer)
         trainer.train()
     return {"points": observer.points, "logs": kept_logs(claim, trainer)}
@@ -125,13 +126,17 @@ class Observer(TrainerCallback):
             What to measure, and how often.
         trainer ([`~transformers.Trainer`]):
             Trainer to look at.
+        start_path (`Path`):
+            Folder of the start model.
         task ([`~papertrl.tasks.Task`]), problems (`Dataset`), max_new_tokens (`int`):
             As in [`Probe`].
         evaluations (`int`):
             Measurements after the first.
     """
 
-    def __init__(self, claim: Claim, trainer: Any, task, problems, max_new_tokens: int, evaluations: int):
+    def __init__(
+        self, claim: Claim, trainer: Any, start_path: Path, task, problems, max_new_tokens: int, evaluations: int
+    ):
         self.claim = claim
         self.trainer = trainer
         self.task = task
@@ -142,7 +147,8 @@ class Observer(TrainerCallback):
         self.seconds = 0.0
         self.sampled = 0
         self.trained = 0
-        self.start_model = evaluation_copy(trainer.model)
+        # Loaded anew: trainers patch the forward of their model, which a copy would share
+        self.start_model = AutoModelForCausalLM.from_pretrained(start_path).eval().to(trainer.model.device)
         {"policy": self._count_rollouts, "preference": self._count_samples, "supervised": lambda: None}[claim.family]()
 
     def _count_rollouts(self) -> None:
