@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from datasets import disable_progress_bars
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from ..catalogue import BASES, load_trainer
@@ -190,7 +190,7 @@ class Observer(TrainerCallback):
     def _measure(self, step: int) -> None:
         model = self.trainer.model
         if self.claim.family != "policy":
-            self.trained = self.trainer._total_train_tokens
+            self.trained = int(self.trainer._total_train_tokens)
         was_training = model.training
         model.eval()
         probe = Probe(
