@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from papertrl.catalogue import BASES, METHODS, method_table
+from papertrl.evidence.tables import evidence_sections, read_results, summary_table
 from papertrl.trainers.policy.base import PolicyTrainer
 from papertrl.trainers.policy.record import RolloutRecord, ScoredBatch
 from papertrl.trainers.preference.base import PreferenceTrainer
@@ -103,3 +104,12 @@ def test_bases_are_exported():
     import papertrl
 
     assert all(hasattr(papertrl, base) for base in BASES.values())
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/evidence.md"])
+def test_evidence_table_is_up_to_date(page):
+    results = read_results(ROOT / "claims/results")
+    text = (ROOT / page).read_text()
+    assert summary_table(results) in text, "run `python scripts/write_method_index.py`"
+    if page != "README.md":
+        assert evidence_sections(results) in text, "run `python scripts/write_method_index.py`"
