@@ -1,6 +1,6 @@
 """DLER: with a hard length limit, whitening and refilled groups keep accuracy while answers shorten."""
 
-from ..evidence import Arm, Claim, Comparison, Metric, mean, sampled_accuracy
+from ..evidence import Arm, Claim, Comparison, Metric, mean, sampled_accuracy, sampled_entropy
 
 ACCURACY = Metric("sampled_accuracy")
 LENGTH = Metric("length", "lower")
@@ -40,9 +40,9 @@ CLAIM = Claim(
         Comparison("DLER", "GRPO + truncation", ACCURACY, 0.02, guards={LENGTH: 0.5}),
         Comparison("DLER", "GRPO + truncation", Metric("sampled_accuracy", summary=mean), 0.02),
         Comparison("DLER", "GRPO + truncation", Metric("sampled_accuracy", axis="sampled_tokens"), 0.02),
-        Comparison("DLER", "GRPO + truncation", Metric("entropy", summary=mean), 0.02),
+        Comparison("DLER", "GRPO + truncation", Metric("sampled_entropy", summary=mean), 0.02),
         Comparison("DLER", "GRPO", LENGTH, 1.0, guards={ACCURACY: 0.05}),
     ),
     tune_on=ACCURACY,
-    measures=(sampled_accuracy,),
+    measures=(sampled_accuracy, sampled_entropy),
 )

@@ -41,7 +41,8 @@ CLAIM = Claim(
     ),
     tune_on=ACCURACY,
     measures=(sampled_accuracy, workings_share),
-    findings="What was found: GRPO itself does not lose the rare way within 100 steps (a share of 0.02 to 0.24 at the "
-    "end, from 0.03 to 0.04, in the two seeds looked at), so that there is little to protect, and direct answers alone "
-    "reach 94 %. Longer runs and a task that needs the rare way have not been tried yet.",
+    findings="What was found: GRPO itself does not lose the rare way within 100 steps (on average 6 % of the answers, "
+    "from 4 % at the start), so that there is nothing to protect, and direct answers alone reach 95 %. The logged "
+    "entropy covers the rows that are computed, which the entropy bonus makes all rows: its curve does not compare. "
+    "Longer runs, and a task that needs the rare way, have not been tried yet.",
 )

@@ -141,3 +141,15 @@ def kl_to_start(probe: Probe) -> dict[str, float]:
     prompts = [ids for ids in probe.prompt_ids for _ in range(4)]
     ratio = probe.logps(prompts, completions) - probe.logps(prompts, completions, probe.start_model)
     return {"kl": ratio.sum(1).mean().item()}
+
+
+def sampled_entropy(probe: Probe) -> dict[str, float]:
+    """
+    `sampled_entropy`: nats per token, the mean negative log-probability of four samples per prompt.
+
+    The logged `entropy` covers only rows that enter the loss, which differ among arms.
+    """
+    completions = probe.completions(samples=4)
+    prompts = [ids for ids in probe.prompt_ids for _ in range(4)]
+    total = probe.logps(prompts, completions).sum().item()
+    return {"sampled_entropy": -total / sum(map(len, completions))}
