@@ -1,6 +1,6 @@
 """What a claim is: a paper's statement, and the small experiment that tests it."""
 
-import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
