@@ -40,4 +40,6 @@ CLAIM = Claim(
     ),
     tune_on=ACCURACY,
     measures=(greedy_accuracy, answer_logp),
+    findings="DPO at a fifth of the learning rate loses far less of the chosen answers' probability, about as much as "
+    "the margin that was asked for; RPO raises it instead, and ends at a higher accuracy than both.",
 )

@@ -3,7 +3,6 @@
 import argparse
 import json
 import shlex
-import time
 from pathlib import Path
 
 from ..errors import UsageError
@@ -94,10 +93,8 @@ def _seeds(args: argparse.Namespace) -> range:
 
 def run(study: Study, seeds: range, command: list[str]) -> dict:
     """Tune, compare and judge; what is written to the result file."""
-    started = time.perf_counter()
     tuning = study.tune()
-    runs = study.compare(tuning, seeds)
-    return result(study, tuning, runs, command, (time.perf_counter() - started) / 60)
+    return result(study, tuning, study.compare(tuning, seeds), command)
 
 
 def save(claim: Claim, outcome: dict, output_dir: Path) -> None:

@@ -69,12 +69,15 @@ class Study:
         Search every arm's grid on the development seeds.
 
         Returns:
-            `dict`: by arm, the `scores` (mean of the claim's `tune_on` over the seeds) of each of its `choices`, and
-                the best one, `chosen`.
+            `dict`: by arm, the `scores` (mean of the claim's `tune_on` over the seeds) of each of its `choices`, the
+                best one, `chosen`, and the `seconds` that this took.
         """
         arms = self.claim.arms
         if self.short or all(len(arm.choices()) == 1 for arm in arms.values()):
-            return {label: {"choices": [], "scores": [], "chosen": arm.choices()[0]} for label, arm in arms.items()}
+            return {
+                label: {"choices": [], "scores": [], "chosen": arm.choices()[0], "seconds": 0.0}
+                for label, arm in arms.items()
+            }
         plans = [
             Plan(label, choice, seed)
             for seed in DEVELOPMENT_SEEDS
@@ -90,7 +93,8 @@ class Study:
                 for choice in choices
             ]
             best = max(range(len(choices)), key=lambda i: metric.sign * scores[i])
-            tuning[label] = {"choices": choices, "scores": scores, "chosen": choices[best]}
+            seconds = sum(run["total_seconds"] for run in runs if run["arm"] == label)
+            tuning[label] = {"choices": choices, "scores": scores, "chosen": choices[best], "seconds": seconds}
         return tuning
 
     def compare(self, tuning: dict[str, dict[str, Any]], seeds: Iterable[int]) -> list[dict[str, Any]]:
@@ -270,8 +274,9 @@ def judge(runs: list[dict[str, Any]], comparison: Comparison) -> dict[str, Any]:
     }
 
 
-def result(study: Study, tuning: dict, runs: list[dict], command: list[str], minutes: float) -> dict[str, Any]:
+def result(study: Study, tuning: dict, runs: list[dict], command: list[str]) -> dict[str, Any]:
     """What is written to `claims/results/<method>.json`."""
+    seconds = sum(tuned["seconds"] for tuned in tuning.values()) + sum(run["total_seconds"] for run in runs)
     claim = study.claim
     comparisons = [judge(runs, comparison) for comparison in claim.comparisons]
     return {
@@ -284,8 +289,8 @@ def result(study: Study, tuning: dict, runs: list[dict], command: list[str], min
         "seeds": sorted({run["seed"] for run in runs}),
         "development_seeds": list(DEVELOPMENT_SEEDS),
         "tuned_on": str(claim.tune_on),
-        "tuning": tuning,
-        "minutes": round(minutes, 1),
+        "tuning": rounded(tuning),
+        "minutes": round(seconds / 60 / study.jobs, 1),
         "model": study.model or "tiny",
         "quick": study.short,
         "command": " ".join(command),
