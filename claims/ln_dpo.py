@@ -38,4 +38,9 @@ CLAIM = Claim(
     ),
     tune_on=MARKER,
     measures=(marker_share, sampled_accuracy, kl_to_start),
+    findings="Answers grow under every arm, from 8 tokens to between 9 and 12: the pairs prefer length, and the tiny "
+    "model learns that sooner than the marker. DPO's shorter mean comes from seeds in which it breaks down to short "
+    "words, not from ignoring length. On a development seed, a fifth of the learning rate keeps DPO from breaking "
+    "down, and both then end between 11.3 and 12.6 tokens at every β tried. The start model finds the marker in a "
+    "tenth of its words; a task that it masters better has not been tried.",
 )
