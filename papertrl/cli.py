@@ -17,6 +17,7 @@ USAGE = """\
 usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECIPE] [flags]
        papertrl methods
        papertrl claims [METHOD ...] [--help]
+       papertrl publish OUTPUT_DIR [--help]
 
 Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
 two minutes on two CPU cores, without network.
@@ -80,8 +81,10 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if command == "claims":
         return _claims(rest)
+    if command == "publish":
+        return _publish(rest)
     if command != "train":
-        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims.")
+        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims, publish.")
     choice = choose(rest)
     if choice.list_methods:
         print(method_list())
@@ -99,6 +102,13 @@ def _claims(argv: list[str]) -> int:
     from .evidence.command import main as claims
 
     return claims(argv)
+
+
+def _publish(argv: list[str]) -> int:
+    warnings.simplefilter("ignore")
+    from .publishing import main as publish
+
+    return publish(argv)
 
 
 def _train(choice: Choice, argv: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: progress bar, metrics file, curves, samples, model card."""
+"""What a run leaves to look at: progress bar, metrics file, curves, samples."""
 
 import json
 from pathlib import Path
@@ -158,21 +158,3 @@ def write_samples(problems: Any, before: Answers, after: Answers, path: Path) ->
 
 def _fenced(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines() or [""])
-
-
-def complete_card(card: Path, measure: str, before: Answers | None, after: Answers | None) -> None:
-    """Add held-out scores, curves and samples to TRL's model card, and mend what it says of unpublished models."""
-    text = card.read_text().replace(
-        "This model is a fine-tuned version of [None](https://huggingface.co/None).",
-        "This model was trained by papertrl from a start model that is not on the Hub.",
-    )
-    parts = [text.replace('model="None"', 'model="."'), "\n## Results\n"]
-    if before is not None and after is not None:
-        parts.append(
-            f"| held-out {measure} (greedy, {len(after.scores)} prompts) | before | after |\n|---|---|---|\n"
-            f"| | {before.mean:.3f} | {after.mean:.3f} |\n"
-        )
-    parts.append(f"![Training curves]({CURVES_FILE})\n")
-    if before is not None:
-        parts.append(f"Completions before and after training: [{SAMPLES_FILE}]({SAMPLES_FILE})\n")
-    card.write_text("\n".join(parts))

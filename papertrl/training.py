@@ -25,17 +25,27 @@ from .reporting import (
     SAMPLES_FILE,
     MetricsFile,
     ProgressBar,
-    complete_card,
     draw_curves,
     read_metrics,
     write_samples,
 )
 from .rewards import checked, load_reward
+from .runfile import COMPLETIONS_FILE, RECIPE_FILE, RUN_FILE, describe, describe_job, write_job_files
 from .start import DEMONSTRATIONS, ERROR_SHARE, make_start_model, prepare_model
 from .tasks import Task
 
 START_MODEL = "start_model"
-RUN_FILES = (METRICS_FILE, CURVES_FILE, SAMPLES_FILE, START_MODEL, "model.safetensors", "adapter_model.safetensors")
+RUN_FILES = (
+    METRICS_FILE,
+    CURVES_FILE,
+    SAMPLES_FILE,
+    START_MODEL,
+    RUN_FILE,
+    RECIPE_FILE,
+    COMPLETIONS_FILE,
+    "model.safetensors",
+    "adapter_model.safetensors",
+)
 
 
 @dataclass
@@ -92,7 +102,7 @@ def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
     if stop.received:
         raise Interrupted(stop.received, _how_to_resume(stop.received, trainer.state.global_step, output, command))
     after = held_out and held_out.answer()
-    save(trainer, job, data, output, before, after)
+    save(trainer, job, data, output, before, after, command)
     return Finished(output, data.measure, before, after)
 
 
@@ -298,17 +308,27 @@ def rewards_of(job: Job, data: JobData) -> list[Callable]:
 # --- Results --------------------------------------------------------------------------------------------------------
 
 
-def save(trainer: Any, job: Job, data: JobData, output: Path, before: Answers | None, after: Answers | None) -> None:
-    """Write model, card, curves and samples; push them if asked."""
-    trainer.save_model(str(output))
+def save(
+    trainer: Any,
+    job: Job,
+    data: JobData,
+    output: Path,
+    before: Answers | None,
+    after: Answers | None,
+    command: list[str],
+) -> None:
+    """Write model, card, curves, samples and recipe; publish them if asked."""
+    # A call that counts as the user's would publish what is not complete yet
+    trainer.save_model(str(output), _internal_call=True)
     if trainer.accelerator.is_main_process:
         title = f"{' + '.join(job.methods)} on {job.arguments.dataset_name or job.arguments.task or 'addition'}"
         signals = {m.name: m.signal for m in trainer.methods}
         draw_curves(read_metrics(output / METRICS_FILE), signals, title, output / CURVES_FILE)
         if before is not None:
             write_samples(data.problems, before, after, output / SAMPLES_FILE)
-        trainer.create_model_card(model_name=output.name, dataset_name=job.arguments.dataset_name)
-        complete_card(output / "README.md", data.measure, before, after)
+        described = describe(trainer) | describe_job(job, command, data.measure)
+        write_job_files(output, job, described, data.problems, before, after)
+        trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
     if job.training.push_to_hub:
-        trainer.push_to_hub(dataset_name=job.arguments.dataset_name)
+        trainer.push_to_hub()

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from trl.trainer.utils import get_config_model_id
 
+from ..cards import create_card
 from ..configuration import merge_configs
+from ..publishing import create_trainer_repo, publish_checkpoint, publish_trainer
 from .state import load_state, save_state
 
 
@@ -177,6 +179,59 @@ class MethodTrainer:
         for values in self._metrics["train" if self.model.training else "eval"].values():
             values[:] = [v.item() if isinstance(v, torch.Tensor) else v for v in values]
         super().log(logs, start_time)
+
+    # --- Card and Hub -------------------------------------------------------------------------------------------
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """
+        Write the model card, and `run.json` that it is made from, into the output directory.
+
+        Args:
+            model_name (`str`, *optional*):
+                Taken for TRL's sake; the card is headed by the name of the output directory or, once published, of
+                the repository.
+            dataset_name (`str`, *optional*):
+                Dataset trained on.
+            tags (`str` or `list[str]`, *optional*):
+                Further tags.
+        """
+        if self.is_world_process_zero():
+            create_card(self, dataset_name, tags)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Create the repository to publish to, where it does not exist; see [`~transformers.Trainer`]."""
+        if self.is_world_process_zero():
+            self.hub_model_id = create_trainer_repo(self.args, token, private)
+            self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs,
+    ):
+        """
+        Save model and card, and publish them as `papertrl publish` does; see [`~transformers.Trainer.push_to_hub`].
+
+        `blocking` has no effect: the call returns when the commit is made.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if self.is_world_process_zero():
+            self.create_model_card(**kwargs)
+            return publish_trainer(self, commit_message, token, revision or self.args.hub_revision, private)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        # TRL's would send the whole output directory, whatever lies in it, and optimizer state with some strategies
+        if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
+            publish_checkpoint(self, Path(checkpoint_folder))
 
     # --- State --------------------------------------------------------------------------------------------------
 

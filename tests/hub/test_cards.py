@@ -1,0 +1,154 @@
+"""Cards, `run.json` and what must not be in them."""
+
+import json
+import socket
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from papertrl import DlerGRPOTrainer, LpRegGRPOTrainer, compose
+from papertrl.arguments import choose, parse
+from papertrl.cards import cell, check_card, code_cell, fenced, model_card
+from papertrl.runfile import read_run
+from papertrl.scrubbing import names_a_secret, scrub, scrub_command, scrub_text
+
+HOST = "gpu-node-17"
+
+
+@pytest.fixture(autouse=True)
+def host(monkeypatch):
+    monkeypatch.setattr(socket, "gethostname", lambda: f"{HOST}.cluster.example.org")
+
+
+class TestScrubbing:
+    @pytest.mark.parametrize(
+        ("text", "scrubbed"),
+        [
+            ("hf_" + "a" * 34, "<token>"),
+            ("token=hf_abcdefghij0123456789", "token=<token>"),
+            ("/home/anna/models/base", "base"),
+            ("see '/tmp/x y', or (/work/main/a.txt)", "see 'x y', or (a.txt)"),
+            ("~/data/train.jsonl", "train.jsonl"),
+            ("file:///home/anna/x.json", "x.json"),
+            ("C:\\Users\\anna\\run", "run"),
+            (f"http://{HOST}:8000/v1", "http://<host>:8000/v1"),
+            (f"{HOST}.cluster.example.org", "<host>"),
+            ("https://huggingface.co/papers/2510.03222", "https://huggingface.co/papers/2510.03222"),
+            ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-0.6B"),
+            ("What is 6/2, or 6 /2, or a / b?", "What is 6/2, or 6 /2, or a / b?"),
+            ("runs/lp_reg-addition-1", "runs/lp_reg-addition-1"),
+            ("<think>x</think>", "<think>x</think>"),
+        ],
+    )
+    def test_texts(self, text, scrubbed):
+        assert scrub_text(text) == scrubbed
+
+    def test_nested_values(self):
+        value = {"hub_token": "x", "eos_token": "</s>", "a": [{"path": "/home/anna/b", "wandb_api_key": 1}, 2, None]}
+        assert scrub(value) == {"eos_token": "</s>", "a": [{"path": "b"}, 2, None]}
+
+    def test_names(self):
+        assert all(map(names_a_secret, ("hub_token", "push_to_hub_token", "api_key", "client_secret", "password")))
+        assert not any(map(names_a_secret, ("pad_token", "max_tokens", "mask_token", "key")))
+
+    def test_commands(self):
+        command = [
+            "train",
+            "--hub_token",
+            "abc",
+            "--output_dir=/tmp/a/b",
+            "--output_dir",
+            "x",
+            "--dataset_name",
+            "/a/b.c",
+        ]
+        assert scrub_command(command, ("output_dir",)) == ["train", "--dataset_name", "b.c"]
+
+    @given(
+        st.lists(st.text("abcXYZ019._-", min_size=1, max_size=8), min_size=2, max_size=5),
+        st.sampled_from(["", "'", '"', "(", " ", "=", ","]),
+    )
+    def test_no_absolute_path_survives(self, parts, before):
+        text = f"{before}/home/{'/'.join(parts)}"
+        assert "/home" not in scrub_text(text)
+
+
+class TestMarkdown:
+    @given(st.text("`a\n|<&", max_size=30))
+    def test_a_fence_is_not_left(self, text):
+        lines = fenced(text).split("\n")
+        fence = lines[0].removesuffix("text")
+        assert lines[-1] == fence and not any(line.startswith(fence) for line in lines[1:-1])
+
+    @given(st.text("`a\n|<&", max_size=30))
+    def test_a_cell_is_not_left(self, text):
+        for shown in (cell(text), code_cell(text)):
+            assert "\n" not in shown and "|" not in shown.replace("\\|", "")
+
+
+class TestCard:
+    def test_content(self, trained):
+        card = (trained / "README.md").read_text()
+        data = ModelCard(card).data
+        assert {"trl", "papertrl", "lp_reg", "arxiv:2510.03222"} <= set(data.tags)
+        assert data.library_name == "transformers" and data.pipeline_tag == "text-generation"
+        (result,) = data.eval_results
+        assert result.metric_type == "accuracy" and 0 <= result.metric_value <= 1
+        for text in ("arxiv.org/abs/2510.03222", "@article", "training_curves.png", "Intended use and limits"):
+            assert text in card
+        for text in ("papertrl train --method lp_reg", "`lp_reg_beta`", "| torch |", "optimizer steps", "CPU"):
+            assert text in card
+
+    def test_nothing_of_this_machine(self, trained, monkeypatch):
+        monkeypatch.undo()
+        for name in ("README.md", "run.json", "recipe.yaml"):
+            text = (trained / name).read_text()
+            assert str(trained.parent) not in text and socket.gethostname() not in text and "hf_" not in text
+
+    def test_the_recipe_repeats_the_run(self, trained):
+        job = parse(choose(["--config", str(trained / "recipe.yaml"), "--output_dir", "x"]))
+        run = read_run(trained)
+        assert job.methods == ["lp_reg"] and job.arguments.start_model_steps == 5
+        assert job.training.warmup_steps == 20 and job.training.logging_steps == 5
+        for name, value in run["config"].items():
+            got = getattr(job.training, name)
+            assert (getattr(got, "value", got)) == value, name
+
+    def test_every_method_of_a_composed_trainer_is_cited(self, trained):
+        owners = [c for c in compose(LpRegGRPOTrainer, DlerGRPOTrainer).__mro__ if c.__dict__.get("method")]
+        assert len(owners) == 2
+        methods = [
+            {"name": o.method.name, "title": o._name, "summary": o.method.summary, "signal": "", "paper": o._paper}
+            for o in owners
+        ]
+        card = model_card(read_run(trained) | {"methods": methods}, trained)
+        for owner in owners:
+            assert owner._paper["citation"].strip() in card and f"arxiv:{owner._paper['id']}" in card
+            assert f"[{owner._paper['title']}](https://arxiv.org/abs/{owner._paper['id']})" in card
+
+    def test_an_evaluation_becomes_metadata(self, trained, tmp_path):
+        run = read_run(trained) | {"base_model": "org/base", "dataset": {"id": "org/data", "split": "train"}}
+        measured = {"pass@4": {"value": 0.75, "low": 0.5, "high": 1.0}, "bleu": {"value": 3.0}}
+        models = {str(tmp_path): measured, "/home/anna/other|<b>": {"bleu": {"value": 1.0, "low": None, "high": None}}}
+        (tmp_path / "evaluation.json").write_text(json.dumps({"models": models, "dataset": {"name": "org/test"}}))
+        card = model_card(run, tmp_path, "me/model")
+        data = ModelCard(card).data
+        assert {r.metric_type: r.metric_value for r in data.eval_results} == {
+            "accuracy": run["scores"]["after"],
+            "pass@4": 0.75,
+            "bleu": 3.0,
+        }
+        assert data.base_model == "org/base" and data.datasets == ["org/data"]
+        assert "| pass@4 | 0.750 [0.500, 1.000] |  |" in card and "/home" not in card and "other\\|&lt;b>" in card
+
+    @pytest.mark.parametrize("text", ["# none", "---\na: [\n---\n", "---\n- a\n---\n", "---\nmodel-index: 3\n---\n"])
+    def test_broken_metadata(self, text):
+        with pytest.raises(ValueError, match="metadata block"):
+            check_card(text)
+
+    def test_metadata_is_yaml(self, trained):
+        check_card((trained / "README.md").read_text())
+        assert yaml.safe_load((trained / "recipe.yaml").read_text())["methods"] == ["lp_reg"]
