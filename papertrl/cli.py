@@ -17,6 +17,7 @@ USAGE = """\
 usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECIPE] [flags]
        papertrl methods
        papertrl claims [METHOD ...] [--help]
+       papertrl evaluate MODEL [MODEL ...] [--help]
        papertrl publish OUTPUT_DIR [--help]
 
 Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
@@ -81,10 +82,12 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if command == "claims":
         return _claims(rest)
+    if command == "evaluate":
+        return _evaluate(rest)
     if command == "publish":
         return _publish(rest)
     if command != "train":
-        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims, publish.")
+        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims, evaluate, publish.")
     choice = choose(rest)
     if choice.list_methods:
         print(method_list())
@@ -102,6 +105,17 @@ def _claims(argv: list[str]) -> int:
     from .evidence.command import main as claims
 
     return claims(argv)
+
+
+def _evaluate(argv: list[str]) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.simplefilter("ignore")
+    from transformers.utils.logging import disable_progress_bar
+
+    from .evaluation.command import main as evaluate
+
+    disable_progress_bar()
+    return evaluate(argv)
 
 
 def _publish(argv: list[str]) -> int:

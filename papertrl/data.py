@@ -92,7 +92,7 @@ def dataset_data(family: str, arguments: JobArguments, judges: list[Callable]) -
     Raises:
         [`JobError`]: if it cannot be loaded, is empty, or lacks a split or column; the message names what is there.
     """
-    dataset = _load(arguments)
+    dataset = load_splits(arguments)
     if arguments.dataset_train_split not in dataset:
         raise JobError(
             f"Dataset '{arguments.dataset_name}' has no split '{arguments.dataset_train_split}'; it has "
@@ -150,7 +150,8 @@ def check_reward_columns(judges: list[Callable], train: Dataset | IterableDatase
                 )
 
 
-def _load(arguments: JobArguments) -> DatasetDict | IterableDatasetDict:
+def load_splits(arguments: JobArguments) -> DatasetDict | IterableDatasetDict:
+    """Splits of the dataset that `arguments` name; see [`dataset_data`] for the errors."""
     name = arguments.dataset_name
     path = Path(name)
     try:

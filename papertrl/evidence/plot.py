@@ -5,6 +5,7 @@ from statistics import fmean
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .claim import Claim, Metric
 from .study import curve, value
@@ -63,6 +64,7 @@ def _curves(axes, claim: Claim, runs: list[dict], metric: Metric) -> None:
             axes.fill_between(grid, [b.low for b in bands], [b.high for b in bands], color=color, alpha=0.15, lw=0)
     axes.set_title(f"{metric.name} ({metric.direction} is better)", fontsize=10)
     axes.set_xlabel(AXIS_LABELS[metric.axis])
+    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.grid(alpha=0.3)
 
 
@@ -77,5 +79,5 @@ def _seeds(axes, claim: Claim, runs: list[dict], metric: Metric) -> None:
         axes.scatter([i] * len(values), values, color=color, s=18, zorder=2)
         axes.plot([i - 0.2, i + 0.2], [fmean(values)] * 2, color=color, lw=2)
     axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=9)
-    axes.set_ylabel(str(metric), fontsize=9)
+    axes.set_ylabel(f"{metric}, whole run", fontsize=9)
     axes.grid(axis="y", alpha=0.3)

@@ -1,0 +1,91 @@
+"""Models to evaluate: full ones and PEFT adapters, from folders, the Hub or the packaged GGUF."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..errors import JobError
+from ..start import prepare_model
+
+START_MODEL = "start_model"
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+@dataclass
+class Loaded:
+    """
+    A model ready to generate.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            In evaluation mode.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+    """
+
+    model: PreTrainedModel | PeftModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_model(name: str) -> Loaded:
+    """
+    Load a model or an adapter with its base.
+
+    Args:
+        name (`str`):
+            Folder, Hub id, or `smollm2`.
+
+    Raises:
+        [`~papertrl.errors.JobError`]: if it cannot be loaded.
+    """
+    if name == "smollm2":
+        return _ready(*prepare_model(name, None))
+    folder = Path(name)
+    if name.startswith((".", "/", "~")) and not folder.is_dir():
+        raise JobError(f"Model '{name}': there is no such folder. Give the output directory of a run, or a Hub id.")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        if is_adapter(folder):
+            model = AutoModelForCausalLM.from_pretrained(adapter_base(folder), dtype="auto")
+            model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+            return _ready(PeftModel.from_pretrained(model, name), tokenizer)
+        return _ready(AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer)
+    except (OSError, ValueError) as error:
+        raise JobError(
+            f"Model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}. Check the spelling and the "
+            "network, or give the folder of a model, of an adapter or of a run."
+        ) from error
+
+
+def _ready(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> Loaded:
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    return Loaded(model.to(device).eval(), tokenizer)
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds a PEFT adapter."""
+    return (folder / ADAPTER_CONFIG).exists()
+
+
+def adapter_base(folder: Path) -> str:
+    """Base of an adapter: the one that it names, or the start model beside it."""
+    named = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    beside = folder / START_MODEL
+    return str(beside) if beside.is_dir() and not Path(named).is_dir() else named
+
+
+def base_of(name: str) -> str | None:
+    """Model that a run folder's model was trained from, if the folder tells."""
+    folder = Path(name)
+    if is_adapter(folder):
+        return adapter_base(folder)
+    if (folder / START_MODEL).is_dir():
+        return str(folder / START_MODEL)
+    run = folder / "run.json"
+    return json.loads(run.read_text()).get("base_model") if run.exists() else None

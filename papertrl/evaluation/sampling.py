@@ -1,0 +1,162 @@
+"""Completions and their log-probabilities, in batches that fit the memory."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from trl import apply_chat_template
+from trl.trainer.utils import selective_log_softmax
+
+from ..errors import JobError
+from ..samplers.tokens.rollout import sample_rollouts, supported
+from .models import Loaded
+
+# Rows of the first batch where the size is chosen automatically; it is halved until it fits
+FIRST_BATCH_SIZE = 256
+
+
+def in_batches(
+    rows: list[Any], call: Callable[[list[Any]], Iterable[Any]], batch_size: int | None, bar: tqdm | None = None
+) -> list[Any]:
+    """
+    Apply `call` to batches of rows and join what it returns.
+
+    Args:
+        rows (`list`):
+            Rows.
+        call (`Callable`):
+            Rows of a batch → as many results.
+        batch_size (`int`, *optional*):
+            Rows at a time. Chosen automatically if unset: halved whenever memory does not suffice.
+        bar (`tqdm`, *optional*):
+            Progress bar to move by the number of rows.
+
+    Raises:
+        [`~papertrl.errors.JobError`]: if memory does not suffice for one row, or for the given size.
+    """
+    size = batch_size or FIRST_BATCH_SIZE
+    done: list[Any] = []
+    while len(done) < len(rows):
+        batch = rows[len(done) : len(done) + size]
+        try:
+            results = list(call(batch))
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            if batch_size is not None or size == 1:
+                raise JobError(
+                    f"Memory does not suffice for a batch of {size}. Set a smaller `--batch_size` or "
+                    "`--max_new_tokens`, or leave `--batch_size` out to have it chosen."
+                ) from error
+            size = max(1, size // 2)
+            continue
+        done += results
+        if bar is not None:
+            bar.update(len(batch))
+    return done
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the host or of the device, is exhausted."""
+    text = str(error).lower()
+    return (
+        isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "out of memory" in text or "can't allocate" in text
+    )
+
+
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
+    """Token ids of prompts: text, or messages, which get the chat template."""
+    plain = isinstance(prompts[0], str)
+    texts = prompts if plain else [apply_chat_template({"prompt": p}, tokenizer)["prompt"] for p in prompts]
+    return tokenizer(texts, add_special_tokens=plain)["input_ids"]
+
+
+def complete(
+    loaded: Loaded,
+    prompts: list[Any],
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+    batch_size: int | None = None,
+    bar: tqdm | None = None,
+) -> list[list[list[int]]]:
+    """
+    Complete prompts.
+
+    Greedy completions do not depend on the batch size (rounding aside); sampled ones are repeated by the same seed at
+    the same batch size.
+
+    Args:
+        loaded ([`Loaded`]):
+            Model.
+        prompts (`list`):
+            Text or messages.
+        samples (`int`):
+            Completions per prompt.
+        max_new_tokens (`int`):
+            Longest completion.
+        temperature (`float`), top_p (`float`):
+            Sampling; temperature 0 decodes greedily.
+        seed (`int`):
+            Seed of the sampling.
+        batch_size (`int`, *optional*), bar (`tqdm`, *optional*):
+            As in [`in_batches`], in completions.
+
+    Returns:
+        `list[list[list[int]]]`: token ids of each prompt's completions, the end-of-sequence token included.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ends = model.generation_config.eos_token_id
+    draws = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
+        **draws,
+    )
+    own = supported(model, config) is None
+    set_seed(seed)
+
+    def call(batch: list[list[int]]) -> list[list[int]]:
+        if own:
+            return sample_rollouts(model, batch, [1] * len(batch), config, tokenizer=tokenizer).completion_ids
+        return _generate(model, batch, config)
+
+    rows = [ids for ids in prompt_tokens(tokenizer, prompts) for _ in range(samples)]
+    flat = in_batches(rows, call, batch_size, bar)
+    return [flat[i : i + samples] for i in range(0, len(flat), samples)]
+
+
+@torch.no_grad()
+def _generate(model: Any, batch: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+    width = max(map(len, batch))
+    ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in batch], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in output]
+
+
+@torch.no_grad()
+def completion_logps(
+    model: Any, prompt_ids: list[list[int]], completion_ids: list[list[int]], batch_size: int | None = None
+) -> list[list[float]]:
+    """Log-probability, in nats, of each token of each completion at temperature 1."""
+
+    def call(batch: list[tuple[list[int], list[int]]]) -> list[list[float]]:
+        rows = [torch.tensor(prompt + completion) for prompt, completion in batch]
+        ids = pad_sequence(rows, batch_first=True).to(model.device)
+        lengths = torch.tensor([len(row) for row in rows], device=model.device)
+        mask = torch.arange(ids.shape[1], device=model.device) < lengths.unsqueeze(1)
+        logits = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1].float()
+        logps = selective_log_softmax(logits, ids[:, 1:]).tolist()
+        return [row[len(p) - 1 : len(p) + len(c) - 1] for row, (p, c) in zip(logps, batch, strict=True)]
+
+    return in_batches(list(zip(prompt_ids, completion_ids, strict=True)), call, batch_size)

@@ -1,0 +1,161 @@
+"""`papertrl evaluate`: real runs, adapters, several models, what is kept, and what is refused."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from papertrl import cli
+from papertrl.errors import JobError
+from papertrl.evaluation import Answered, completion_logps, load_model, measures, table
+from papertrl.evaluation import command as evaluate
+from papertrl.evaluation.sampling import complete, in_batches, prompt_tokens
+
+
+def run(*argv):
+    return cli.main(["evaluate", *map(str, argv)])
+
+
+def numbers(folder):
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def model(tiny_path):
+    return load_model(tiny_path)
+
+
+def test_a_run_is_evaluated_on_its_own_task_and_the_card_shows_it(small_run, tmp_path, capsys):
+    from papertrl.cards import evaluation_table
+
+    assert run(small_run, "--num_prompts", 16) == 0
+    result = numbers(small_run)
+    (measured,) = result["models"].values()
+    assert {"accuracy", "response_length", "distinct-2", "kl_to_base"} <= set(measured)
+    assert all(m["low"] <= m["value"] <= m["high"] for m in measured.values())
+    assert result["dataset"] == {"name": "addition", "kwargs": {"digits": 1}, "seed": 0, "prompts": 16}
+    assert "accuracy" in capsys.readouterr().out
+    assert evaluation_table(small_run, "me/run")["this"]["accuracy"] == measured["accuracy"]["value"]
+
+
+def test_several_models_samples_and_kept_completions(small_run, tmp_path, monkeypatch):
+    start = small_run / "start_model"
+    flags = [start, small_run, "--num_prompts", 8, "--num_samples", 2, "--seeds", 0, 1, "--output_dir", tmp_path]
+    assert run(*flags) == 0
+    result = numbers(tmp_path)
+    assert {"pass@1", "pass@4", "mean@4", "win_rate", "length_controlled_win_rate"} <= set(
+        result["models"][str(small_run)]
+    )
+    assert set(result["differences"]) == {str(small_run)}
+    monkeypatch.setattr(evaluate, "load_model", lambda name: pytest.fail("loaded again"))
+    assert run(*flags, "--metrics", "exact_match", "--reward_funcs", "last_number_match") == 0
+    again = numbers(tmp_path)["models"][str(small_run)]
+    assert again["exact_match"]["value"] == pytest.approx(result["models"][str(small_run)]["accuracy"]["value"])
+
+
+def test_an_adapter_is_loaded_with_its_base_and_diverges_from_it(tiny_path, tmp_path):
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(tiny_path)
+    adapted = get_peft_model(base, LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
+    adapter, output = tmp_path / "adapter", tmp_path / "out"
+    adapted.save_pretrained(adapter)
+    AutoTokenizer.from_pretrained(tiny_path).save_pretrained(adapter)
+    assert run(adapter, "--num_prompts", 8, "--num_samples", 4, "--output_dir", output) == 0
+    assert numbers(output)["models"][str(adapter)]["kl_to_base"]["value"] > 0
+
+
+def test_greedy_completions_do_not_depend_on_the_batch_size(model):
+    prompts = [f"{i:02}+{7 * i % 100:02}=" * (1 + i % 3) for i in range(10)]
+    one, many = (complete(model, prompts, 1, 6, 0.0, 1.0, 0, size) for size in (1, 10))
+    assert one == many
+
+
+def test_completion_logps_are_those_of_one_row_at_a_time(model):
+    prompts = prompt_tokens(model.tokenizer, ["1+1=", "12+34="])
+    completions = [[5, 6, 7], [8]]
+    for prompt, completion, logps in zip(
+        prompts, completions, completion_logps(model.model, prompts, completions), strict=True
+    ):
+        with torch.no_grad():
+            each = model.model(input_ids=torch.tensor([prompt + completion])).logits[0].log_softmax(-1)
+        expected = [each[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion)]
+        assert logps == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_batch_size_is_halved_until_it_fits():
+    sizes = []
+
+    def call(batch):
+        sizes.append(len(batch))
+        if len(batch) > 50:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return batch
+
+    assert in_batches(list(range(300)), call, None) == list(range(300))
+    assert sizes[:4] == [256, 128, 64, 32]
+    with pytest.raises(JobError, match="batch of 64"):
+        in_batches(list(range(300)), call, 64)
+    with pytest.raises(RuntimeError, match="something else"):
+        in_batches([1], lambda batch: (_ for _ in ()).throw(RuntimeError("something else")), None)
+
+
+def test_differences_are_paired_by_prompt():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    scores = [[[float(value)] for value in hard], [[float(value) + 0.01] for value in hard]]
+    both = {
+        name: measures(Answered([["a"]] * 200, {"reward": each}, [[1]] * 200), [], [1], None)
+        for name, each in zip("ab", scores, strict=True)
+    }
+    result = table(both, 200, seed=0)
+    wide = result["models"]["a"]["reward"]
+    narrow = result["differences"]["b"]["reward"]
+    assert wide["high"] - wide["low"] > 0.05
+    assert narrow["high"] - narrow["low"] < 1e-6
+    assert narrow["value"] == pytest.approx(0.01)
+
+
+def test_a_dataset_with_rewards(tiny_path, tmp_path):
+    file = tmp_path / "data.jsonl"
+    Dataset.from_dict({"prompt": ["1+1=", "2+2="], "answer": ["2", "4"]}).to_json(file)
+    assert run(tiny_path, "--dataset_name", file, "--max_new_tokens", 3, "--output_dir", tmp_path / "out") == 0
+    assert numbers(tmp_path / "out")["dataset"]["prompts"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--metrics", "pass_at_kk"], "Did you mean 'pass_at_k'"),
+        (["--num_samples", 2, "--k", 3], "`--k` must be in [1, 2]"),
+        (["--num_samples", 2, "--temperature", 0], "decodes greedily"),
+        (["--metrics", "pass_at_k"], "needs samples"),
+        (["--metrics", "win_rate"], "name two models"),
+        (["--num_prompts", 0], "`--num_prompts` must be at least 1, got 0"),
+        (["--task", "additon"], "Did you mean 'addition'"),
+        (["--task_kwargs", "{"], "not JSON"),
+    ],
+)
+def test_wrong_flags_are_refused_before_a_model_is_loaded(flags, text, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(evaluate, "load_model", lambda name: pytest.fail("loaded"))
+    assert run("some-model", *flags, "--output_dir", tmp_path / "out") != 0
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "text"),
+    [({"question": "a"}, "lacks the column `prompt`"), ({"prompt": "a"}, "no column `answer`")],
+)
+def test_a_dataset_without_what_is_read_is_refused(row, text, capsys, tmp_path):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    assert run("some-model", "--dataset_name", file, "--output_dir", tmp_path / "out") == 1
+    assert text in capsys.readouterr().err
+
+
+def test_a_missing_model_is_named(capsys, tmp_path):
+    assert run(tmp_path / "nothing", "--output_dir", tmp_path / "out") == 1
+    assert "there is no such folder" in capsys.readouterr().err
