@@ -1,6 +1,5 @@
 """The command line of a training job: which methods, then every flag of their config."""
 
-import argparse
 import difflib
 import importlib.util
 import json
@@ -13,6 +12,7 @@ import yaml
 
 from .catalogue import METHODS, find
 from .errors import UsageError
+from .parsing import CommandParser
 
 DEFAULT_METHOD = "lp_reg"
 
@@ -108,11 +108,6 @@ class Choice:
     debug: bool
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message[0].upper()}{message[1:]}. `{self.prog} --help` shows the usage.")
-
-
 def choose(argv: list[str]) -> Choice:
     """
     Read the flags that decide which methods are loaded. Imports no deep-learning library.
@@ -120,7 +115,7 @@ def choose(argv: list[str]) -> Choice:
     Raises:
         [`UsageError`]: if a method or config file does not exist, or both `--method` and `--methods` are given.
     """
-    parser = _Parser(prog="papertrl train", add_help=False, allow_abbrev=False)
+    parser = CommandParser(prog="papertrl train", add_help=False)
     parser.add_argument("--method")
     parser.add_argument("--methods", nargs="+")
     parser.add_argument("--config")
@@ -200,7 +195,7 @@ def make_parser(trainer_class: type) -> Any:
     from trl.scripts._hf_argparser import string_to_bool
 
     class Parser(TrlParser):
-        error = _Parser.error
+        error = CommandParser.error
 
     parser = Parser(
         [JobArguments, trainer_class.config_class, ModelConfig],

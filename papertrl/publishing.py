@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .errors import JobError, UsageError
 from .hub import Sent, commit, with_retries
+from .parsing import CommandParser
 from .publication import (
     MODEL,
     WEIGHTS,
@@ -190,16 +191,10 @@ def publish_checkpoint(trainer: Any, checkpoint: Path) -> None:
 # --- Command line ---------------------------------------------------------------------------------------------------
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message[0].upper()}{message[1:]}. `papertrl publish --help` shows the usage.")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Parser of `papertrl publish`."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="papertrl publish",
-        allow_abbrev=False,
         description="Publish a finished run on the Hub: model or adapter, card, curves, samples, metrics and recipe, "
         "in one commit. Can be repeated: what is there already is not sent again.",
     )

@@ -16,6 +16,7 @@ from ..arguments import JobArguments
 from ..data import as_messages, check_reward_columns, load_splits
 from ..errors import JobError, UsageError
 from ..metrics import METRICS
+from ..parsing import CommandParser
 from ..rewards import checked, load_reward
 from ..rewards.checked import reward_name
 from ..scrubbing import scrub
@@ -30,16 +31,10 @@ NEEDS_REFERENCES = ("exact_match", "bleu")
 NEEDS_SAMPLES = ("pass_at_k", "mean_at_k")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message[0].upper()}{message[1:]}. `papertrl evaluate --help` shows the usage.")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """Parser of `papertrl evaluate`."""
-    parser = _Parser(
+    parser = CommandParser(
         prog="papertrl evaluate",
-        allow_abbrev=False,
         description="Let models answer held-out prompts, score the answers, and compare the models with 95 % "
         "bootstrap intervals over prompts. Completions of a finished model are kept and used again.",
     )

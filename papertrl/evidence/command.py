@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 from ..errors import UsageError
+from ..parsing import CommandParser
 from .claim import Claim, claimed, load_claim
 from .study import FRESH_SEEDS, Study, result
 
@@ -28,11 +29,6 @@ Stop it at any time: the same command goes on where it was.
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UsageError(f"{message[0].upper()}{message[1:]}. `papertrl claims --help` shows the usage.")
-
-
 def main(argv: list[str]) -> int:
     """
     Run claims and write their results.
@@ -45,7 +41,7 @@ def main(argv: list[str]) -> int:
         [`~papertrl.errors.UsageError`]: for a wrong argument.
         [`~papertrl.errors.JobError`]: if a run fails.
     """
-    parser = _Parser(prog="papertrl claims", add_help=False, allow_abbrev=False)
+    parser = CommandParser(prog="papertrl claims", add_help=False)
     parser.add_argument("methods", nargs="*")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--first_seed", "--first-seed", type=int, default=FRESH_SEEDS[0])
