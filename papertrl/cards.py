@@ -10,11 +10,19 @@ from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
 from .reporting import CURVES_FILE, SAMPLES_FILE
-from .runfile import COMPLETIONS_FILE, RECIPE_FILE, RUN_FILE, describe, is_repo_id, read_json, write_run
+from .runfile import (
+    COMPLETIONS_FILE,
+    EVALUATION_FILE,
+    RECIPE_FILE,
+    RUN_FILE,
+    describe,
+    is_repo_id,
+    read_json,
+    write_run,
+)
 from .scrubbing import scrub
 
 CARD_FILE = "README.md"
-EVALUATION_FILE = "evaluation.json"
 START_MODEL = "start_model"
 SHOWN_EXAMPLES = 3
 

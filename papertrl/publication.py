@@ -6,11 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cards import CARD_FILE, EVALUATION_FILE, START_MODEL, check_card, completions_card, model_card
+from .cards import CARD_FILE, START_MODEL, check_card, completions_card, model_card
 from .errors import JobError
 from .hub import Item
 from .reporting import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
-from .runfile import COMPLETIONS_FILE, RECIPE_FILE, RUN_FILE, read_run
+from .runfile import (
+    COMPLETIONS_FILE,
+    EVALUATION_FILE,
+    EVALUATION_PLOT,
+    EVALUATION_REPORT,
+    RECIPE_FILE,
+    RUN_FILE,
+    read_run,
+)
 from .scrubbing import TOKEN, scrub_text
 
 WEIGHTS = (
@@ -44,8 +52,8 @@ REPORTS = (
     CURVES_FILE,
     SAMPLES_FILE,
     EVALUATION_FILE,
-    "evaluation.md",
-    "evaluation.png",
+    EVALUATION_REPORT,
+    EVALUATION_PLOT,
 )
 MODEL = (*WEIGHTS, *CONFIGURATION, *TOKENIZER)
 TEXTS = (".json", ".jsonl", ".md", ".yaml", ".jinja", ".txt")

@@ -22,6 +22,9 @@ from .scrubbing import names_a_secret, scrub, scrub_command
 RUN_FILE = "run.json"
 RECIPE_FILE = "recipe.yaml"
 COMPLETIONS_FILE = "completions.jsonl"
+# What `papertrl evaluate` leaves beside a run
+EVALUATION_FILE, EVALUATION_REPORT, EVALUATION_PLOT = "evaluation.json", "evaluation.md", "evaluation.png"
+EVALUATION_COMPLETIONS = "evaluation_completions"
 KEPT_EXAMPLES = 8
 PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 

@@ -30,7 +30,18 @@ from .reporting import (
     write_samples,
 )
 from .rewards import checked, load_reward
-from .runfile import COMPLETIONS_FILE, RECIPE_FILE, RUN_FILE, describe, describe_job, write_job_files
+from .runfile import (
+    COMPLETIONS_FILE,
+    EVALUATION_COMPLETIONS,
+    EVALUATION_FILE,
+    EVALUATION_PLOT,
+    EVALUATION_REPORT,
+    RECIPE_FILE,
+    RUN_FILE,
+    describe,
+    describe_job,
+    write_job_files,
+)
 from .start import DEMONSTRATIONS, ERROR_SHARE, make_start_model, prepare_model
 from .tasks import Task
 
@@ -43,6 +54,10 @@ RUN_FILES = (
     RUN_FILE,
     RECIPE_FILE,
     COMPLETIONS_FILE,
+    EVALUATION_FILE,
+    EVALUATION_REPORT,
+    EVALUATION_PLOT,
+    EVALUATION_COMPLETIONS,
     "model.safetensors",
     "adapter_model.safetensors",
 )

@@ -3,7 +3,9 @@
 import argparse
 import difflib
 import hashlib
+import inspect
 import json
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -19,16 +21,25 @@ from ..metrics import METRICS
 from ..parsing import CommandParser
 from ..rewards import checked, load_reward
 from ..rewards.checked import reward_name
+from ..runfile import (
+    EVALUATION_COMPLETIONS,
+    EVALUATION_FILE,
+    EVALUATION_PLOT,
+    EVALUATION_REPORT,
+    RUN_FILE,
+    read_json,
+)
 from ..scrubbing import scrub
 from ..tasks import load_task
 from .measure import Answered, measures, table
-from .models import Loaded, base_of, load_model
+from .models import Loaded, base_of, load_model, short_names
 from .report import draw, markdown
 from .sampling import complete, completion_logps, prompt_tokens
 
-RESULT, REPORT, PLOT, COMPLETIONS = "evaluation.json", "evaluation.md", "evaluation.png", "evaluation_completions"
 NEEDS_REFERENCES = ("exact_match", "bleu")
 NEEDS_SAMPLES = ("pass_at_k", "mean_at_k")
+# What trainers give to reward functions beside the dataset's columns
+NOT_TRAINING = {"trainer_state": None, "log_extra": lambda *args: None, "log_metric": lambda *args: None}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -93,13 +104,13 @@ def main(argv: list[str]) -> int:
     problems, judges, source = make_problems(args)
     chosen = choose_metrics(args, problems)
     output = output_dir(args)
-    answers = {
-        name: answer(args, name, problems, judges, chosen, output, source) for name in dict.fromkeys(args.models)
-    }
+    names = short_names(args.models)
+    bases = {name: (args.base_model or base_of(name)) if "kl_to_base" in chosen else None for name in args.models}
+    answers = {name: answer(args, name, bases[name], problems, judges, output) for name in args.models}
     references = list(map(str, problems["answer"])) if "answer" in problems.column_names else None
     first = answers[args.models[0]]
     statistics = {
-        name: measures(each, chosen, args.k, references, None if each is first else first)
+        names[name]: measures(each, chosen, args.k, references, None if each is first else first)
         for name, each in answers.items()
     }
     result = {
@@ -107,11 +118,12 @@ def main(argv: list[str]) -> int:
         **table(statistics, len(problems), seed=0),
         "dataset": source | {"prompts": len(problems)},
         "settings": settings(args),
+        "bases": {names[name]: scrub(base) for name, base in bases.items() if base is not None},
         "command": shlex.join(["papertrl", "evaluate", *map(scrub, argv)]),
     }
     write(result, output)
     print(markdown(result))
-    print(f"Written: {output / RESULT}, {REPORT}, {PLOT}, {COMPLETIONS}/")
+    print(f"Written: {output / EVALUATION_FILE}, {EVALUATION_REPORT}, {EVALUATION_PLOT}, {EVALUATION_COMPLETIONS}/")
     return 0
 
 
@@ -126,12 +138,16 @@ def settle(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UsageError(f"`--{flag}` must be at least 1, got {value}.")
+    args.models = list(dict.fromkeys(args.models))
+    if len(set(args.seeds)) < len(args.seeds):
+        raise UsageError(f"`--seeds` must differ, got {args.seeds}: the same seed draws the same samples.")
     total = args.num_samples * len(args.seeds)
     if args.temperature is None:
         args.temperature = 0.0 if total == 1 else 1.0
-    if args.temperature < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= args.temperature < math.inf or not 0 < args.top_p <= 1:
         raise UsageError(
-            f"`--temperature` must be at least 0 and `--top_p` in (0, 1], got {args.temperature} and {args.top_p}."
+            "`--temperature` must be a number of at least 0 and `--top_p` in (0, 1], got "
+            f"{args.temperature} and {args.top_p}."
         )
     if args.temperature == 0 and total > 1:
         raise UsageError(
@@ -154,20 +170,25 @@ def make_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable
     """Held-out prompts, reward functions by the name of what they measure, and what the result says of the data."""
     if args.dataset_name is not None and args.task is not None:
         raise UsageError(f"Both `--task` '{args.task}' and `--dataset_name` '{args.dataset_name}' are set; drop one.")
-    functions = [checked(load_reward(name, args.max_new_tokens or 256)) for name in args.reward_funcs or []]
-    named = {reward_name(function): function for function in functions}
-    if args.dataset_name is None:
-        run = next((run for run in map(_run_of, args.models) if run and run.get("task")), {"task": {}})["task"]
-        name = args.task or run.get("name") or "addition"
-        kwargs = args.task_kwargs or (run.get("kwargs", {}) if name == run.get("name") else {})
-        task = load_task(name, **kwargs)
-        problems = task.generate(args.num_prompts, args.data_seed, "test")
-        args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-        return (
-            problems,
-            named or {task.measure: checked(task.reward)},
-            {"name": name, "kwargs": kwargs, "seed": args.data_seed},
-        )
+    return _task_problems(args) if args.dataset_name is None else _dataset_problems(args)
+
+
+def _task_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable], dict[str, Any]]:
+    runs = [read_json(Path(name) / RUN_FILE) or {} for name in args.models]
+    trained_on = next((run["task"] for run in runs if run.get("task")), {})
+    name = args.task or trained_on.get("name") or "addition"
+    kwargs = args.task_kwargs or (trained_on.get("kwargs", {}) if name == trained_on.get("name") else {})
+    task = load_task(name, **kwargs)
+    problems = task.generate(args.num_prompts, args.data_seed, "test")
+    # The bootstrap takes prompts as independent, which copies are not
+    first = {prompt: i for i, prompt in reversed(list(enumerate(problems["prompt"])))}
+    problems = problems.select(sorted(first.values()))
+    args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
+    judges = named_rewards(args) or {task.measure: checked(task.reward)}
+    return problems, judges, {"name": name, "kwargs": kwargs, "seed": args.data_seed}
+
+
+def _dataset_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable], dict[str, Any]]:
     args.max_new_tokens = args.max_new_tokens or 256
     splits = load_splits(JobArguments(dataset_name=args.dataset_name, dataset_config=args.dataset_config))
     split = args.dataset_split or ("test" if "test" in splits else next(iter(splits)))
@@ -181,6 +202,7 @@ def make_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable
             f"Dataset '{args.dataset_name}' lacks the column `prompt`; its columns are {sorted(rows.column_names)}. "
             "Rename the column that holds it."
         )
+    named = named_rewards(args)
     if not named:
         if "answer" not in rows.column_names:
             raise JobError(
@@ -196,9 +218,20 @@ def make_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable
     )
 
 
-def _run_of(name: str) -> dict[str, Any] | None:
-    path = Path(name) / "run.json"
-    return json.loads(path.read_text()) if path.exists() else None
+def named_rewards(args: argparse.Namespace) -> dict[str, Callable]:
+    """
+    Reward functions of the command line, by name.
+
+    Raises:
+        [`~papertrl.errors.UsageError`]: if one is asynchronous.
+    """
+    named = {}
+    for name in args.reward_funcs or []:
+        function = load_reward(name, args.max_new_tokens)
+        if inspect.iscoroutinefunction(function):
+            raise UsageError(f"`--reward_funcs`: '{name}' is asynchronous, which only training supports.")
+        named[reward_name(function)] = checked(function)
+    return named
 
 
 def choose_metrics(args: argparse.Namespace, problems: Dataset) -> list[str]:
@@ -246,15 +279,13 @@ def settings(args: argparse.Namespace) -> dict[str, Any]:
 def answer(
     args: argparse.Namespace,
     name: str,
+    base: str | None,
     problems: Dataset,
     judges: dict[str, Callable],
-    chosen: list[str],
     output: Path,
-    source: dict[str, Any],
 ) -> Answered:
     """A model's answers: read if they were kept, else generated and kept. Scores are always computed."""
-    base = (args.base_model or base_of(name)) if "kl_to_base" in chosen else None
-    file = output / COMPLETIONS / f"{Path(name).name}-{_key(args, name, problems)}.json"
+    file = output / EVALUATION_COMPLETIONS / f"{Path(name).name}-{_key(args, name, problems)}.json"
     kept = json.loads(file.read_text()) if file.exists() else {}
     if not kept or base not in (None, kept["base"]):
         loaded = load_model(name)
@@ -281,11 +312,13 @@ def answer(
     ids = [row for each in kept["ids"] for row in each]
     scores = {}
     for measure, judge in judges.items():
-        given = judge(prompts=prompts, completions=completions, completion_ids=ids, **columns)
-        flat = [0.0 if score is None else float(score) for score in given]
+        flat = judge(prompts=prompts, completions=completions, completion_ids=ids, **(NOT_TRAINING | columns))
+        if all(score is None for score in flat):
+            raise JobError(f"Reward '{measure}' applies to none of the prompts: it returned `None` for all of them.")
         scores[measure] = [flat[i : i + samples] for i in range(0, len(flat), samples)]
     lengths = [[len(row) for row in each] for each in kept["ids"]]
-    return Answered(kept["texts"], scores, lengths, kept["logps"], kept["base_logps"])
+    logps = (kept["logps"], kept["base_logps"]) if base is not None else (None, None)
+    return Answered(kept["texts"], scores, lengths, *logps)
 
 
 def _key(args: argparse.Namespace, name: str, problems: Dataset) -> str:
@@ -325,8 +358,11 @@ def _logps(
 
 def write(result: dict[str, Any], output: Path) -> None:
     """Write result, report and plot; each replaces an earlier one as a whole."""
-    for name, text in ((RESULT, json.dumps(result, indent=1) + "\n"), (REPORT, markdown(result) + "\n")):
+    for name, text in (
+        (EVALUATION_FILE, json.dumps(result, indent=1) + "\n"),
+        (EVALUATION_REPORT, markdown(result) + "\n"),
+    ):
         partial = output / f"{name}.partial"
         partial.write_text(text)
         partial.replace(output / name)
-    draw(result, output / PLOT)
+    draw(result, output / EVALUATION_PLOT)

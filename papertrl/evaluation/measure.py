@@ -25,7 +25,7 @@ class Answered:
         texts (`list[list[str]]`):
             Completions of each prompt.
         scores (`dict[str, list[list[float]]]`):
-            What each reward function gave them.
+            What each reward function gave them; `None` where it does not apply.
         lengths (`list[list[int]]`):
             Their tokens, end-of-sequence included.
         logps (`list[list[list[float]]]`, *optional*), base_logps (`list[list[list[float]]]`, *optional*):
@@ -33,15 +33,15 @@ class Answered:
     """
 
     texts: list[list[str]]
-    scores: dict[str, list[list[float]]]
+    scores: dict[str, list[list[float | None]]]
     lengths: list[list[int]]
     logps: list[list[list[float]]] | None = None
     base_logps: list[list[list[float]]] | None = None
 
     @property
     def score(self) -> np.ndarray:
-        """Mean over the reward functions, of shape `(prompts, samples)`."""
-        return np.mean([np.array(each) for each in self.scores.values()], axis=0)
+        """Mean over the reward functions that apply, of shape `(prompts, samples)`; NaN where none does."""
+        return nanmean(np.stack([np.array(each, dtype=float) for each in self.scores.values()]), axis=0)
 
 
 def measures(
@@ -69,7 +69,7 @@ def measures(
     Returns:
         `dict[str, Callable]`: by metric, indices of prompts → number.
     """
-    values: dict[str, np.ndarray] = {name: np.array(each).mean(1) for name, each in answered.scores.items()}
+    values = {name: nanmean(np.array(each, dtype=float), axis=1) for name, each in answered.scores.items()}
     others: dict[str, Statistic] = {}
     if "exact_match" in chosen and references is not None:
         values["exact_match"] = np.array(
@@ -82,11 +82,13 @@ def measures(
     if "distinct_n" in chosen:
         values["distinct-2"] = np.array([distinct_n(texts, 2) for texts in answered.texts])
     score = answered.score
+    scored = ~np.isnan(score).any(1)
     for k in ks:
         if "mean_at_k" in chosen:
             values[f"mean@{k}"] = score[:, :k].mean(1)
         if "pass_at_k" in chosen:
-            values[f"pass@{k}"] = pass_at_k((score >= 1).sum(1), np.full(len(score), score.shape[1]), k)
+            passed = pass_at_k((score >= 1).sum(1), np.full(len(score), score.shape[1]), k)
+            values[f"pass@{k}"] = np.where(scored, passed, np.nan)
     if "kl_to_base" in chosen and answered.logps is not None and answered.base_logps is not None:
         values["kl_to_base"] = np.array(
             [
@@ -97,15 +99,27 @@ def measures(
     if "win_rate" in chosen and opponent is not None:
         theirs = opponent.score
         wins = ((score > theirs) + 0.5 * (score == theirs)).mean(1)
+        wins = np.where(scored & ~np.isnan(theirs).any(1), wins, np.nan)
         longer = np.array(answered.lengths).mean(1) - np.array(opponent.lengths).mean(1)
         values["win_rate"] = wins
-        others["length_controlled_win_rate"] = lambda rows: length_controlled(wins[rows], longer[rows])
+        others["length_controlled_win_rate"] = partial(_length_controlled, wins, longer)
     means: dict[str, Statistic] = {name: partial(_mean, each) for name, each in values.items()}
     return means | others
 
 
+def nanmean(values: np.ndarray, axis: int) -> np.ndarray:
+    """Mean of what is not NaN; NaN where nothing is."""
+    counts = (~np.isnan(values)).sum(axis)
+    return np.where(counts > 0, np.nansum(values, axis=axis) / np.maximum(counts, 1), np.nan)
+
+
 def _mean(values: np.ndarray, rows: np.ndarray) -> float:
-    return float(values[rows].mean())
+    return float(nanmean(values[rows], axis=0))
+
+
+def _length_controlled(wins: np.ndarray, longer: np.ndarray, rows: np.ndarray) -> float:
+    rows = rows[~np.isnan(wins[rows])]
+    return length_controlled(wins[rows], longer[rows]) if len(rows) else float("nan")
 
 
 def _bleu(texts: list[str], references: list[str], rows: np.ndarray) -> float:

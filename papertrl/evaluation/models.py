@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import JobError
+from ..runfile import RUN_FILE, read_json
 from ..start import prepare_model
 
 START_MODEL = "start_model"
@@ -87,5 +88,15 @@ def base_of(name: str) -> str | None:
         return adapter_base(folder)
     if (folder / START_MODEL).is_dir():
         return str(folder / START_MODEL)
-    run = folder / "run.json"
-    return json.loads(run.read_text()).get("base_model") if run.exists() else None
+    return (read_json(folder / RUN_FILE) or {}).get("base_model")
+
+
+def short_names(models: list[str]) -> dict[str, str]:
+    """Names for tables and files: Hub ids as they are, folders by as many of their last parts as tell them apart."""
+    parts = {name: Path(name).resolve().parts if Path(name).is_dir() else (name,) for name in models}
+    names = {}
+    for name, own in parts.items():
+        others = [other for key, other in parts.items() if key != name]
+        depth = next(n for n in range(1, len(own) + 1) if n == len(own) or all(o[-n:] != own[-n:] for o in others))
+        names[name] = "/".join(own[-depth:])
+    return names

@@ -5,14 +5,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ..scrubbing import scrub
-
 COLUMNS = 4
 
 
 def shown(name: str) -> str:
-    """How a model is called in tables: without the folders above it."""
-    return scrub(name).replace("|", "\\|")
+    """A model's name in a table cell."""
+    return name.replace("|", "\\|")
 
 
 def cell(value: dict[str, float], sign: str = "") -> str:
@@ -55,7 +53,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         for y, (name, each) in enumerate(models.items()):
             if metric in each:
                 value = each[metric]
-                axes.plot([value["low"], value["high"]], [y, y], linewidth=3, alpha=0.4, color=f"C{y}")
+                axes.plot(
+                    [value["low"], value["high"]], [y, y], linewidth=3, alpha=0.4, solid_capstyle="butt", color=f"C{y}"
+                )
                 axes.plot(value["value"], y, "o", color=f"C{y}", label=shown(name))
         axes.set_yticks(range(len(models)), [shown(name)[-18:] for name in models] if i % columns == 0 else [])
         axes.set_ylim(len(models) - 0.4, -0.6)

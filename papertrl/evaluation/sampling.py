@@ -1,6 +1,7 @@
 """Completions and their log-probabilities, in batches that fit the memory."""
 
 from collections.abc import Callable, Iterable
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,10 +17,17 @@ from .models import Loaded
 
 # Rows of the first batch where the size is chosen automatically; it is halved until it fits
 FIRST_BATCH_SIZE = 256
+# Logits of one batch that are scored at a time, about 1 GB: the system kills a process that takes all memory, without
+# an error that one could halve upon
+MOST_LOGITS = 1 << 28
 
 
 def in_batches(
-    rows: list[Any], call: Callable[[list[Any]], Iterable[Any]], batch_size: int | None, bar: tqdm | None = None
+    rows: list[Any],
+    call: Callable[[list[Any]], Iterable[Any]],
+    batch_size: int | None,
+    bar: tqdm | None = None,
+    first: int = FIRST_BATCH_SIZE,
 ) -> list[Any]:
     """
     Apply `call` to batches of rows and join what it returns.
@@ -33,11 +41,13 @@ def in_batches(
             Rows at a time. Chosen automatically if unset: halved whenever memory does not suffice.
         bar (`tqdm`, *optional*):
             Progress bar to move by the number of rows.
+        first (`int`, *optional*, defaults to `256`):
+            Size to try first where it is chosen automatically.
 
     Raises:
         [`~papertrl.errors.JobError`]: if memory does not suffice for one row, or for the given size.
     """
-    size = batch_size or FIRST_BATCH_SIZE
+    size = batch_size or first
     done: list[Any] = []
     while len(done) < len(rows):
         batch = rows[len(done) : len(done) + size]
@@ -126,7 +136,10 @@ def complete(
 
     def call(batch: list[list[int]]) -> list[list[int]]:
         if own:
-            return sample_rollouts(model, batch, [1] * len(batch), config, tokenizer=tokenizer).completion_ids
+            # Rows of one prompt stand together and share its prefill
+            groups = [(ids, len(list(same))) for ids, same in groupby(batch)]
+            prompt_ids, counts = map(list, zip(*groups, strict=True))
+            return sample_rollouts(model, prompt_ids, counts, config, tokenizer=tokenizer).completion_ids
         return _generate(model, batch, config)
 
     rows = [ids for ids in prompt_tokens(tokenizer, prompts) for _ in range(samples)]
@@ -159,4 +172,7 @@ def completion_logps(
         logps = selective_log_softmax(logits, ids[:, 1:]).tolist()
         return [row[len(p) - 1 : len(p) + len(c) - 1] for row, (p, c) in zip(logps, batch, strict=True)]
 
-    return in_batches(list(zip(prompt_ids, completion_ids, strict=True)), call, batch_size)
+    pairs = list(zip(prompt_ids, completion_ids, strict=True))
+    longest = max((len(p) + len(c) for p, c in pairs), default=1)
+    logits = longest * model.config.get_text_config().vocab_size
+    return in_batches(pairs, call, batch_size, first=max(1, min(FIRST_BATCH_SIZE, MOST_LOGITS // logits)))

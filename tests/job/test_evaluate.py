@@ -13,6 +13,7 @@ from papertrl import cli
 from papertrl.errors import JobError
 from papertrl.evaluation import Answered, completion_logps, load_model, measures, table
 from papertrl.evaluation import command as evaluate
+from papertrl.evaluation.models import short_names
 from papertrl.evaluation.sampling import complete, in_batches, prompt_tokens
 
 
@@ -37,7 +38,10 @@ def test_a_run_is_evaluated_on_its_own_task_and_the_card_shows_it(small_run, tmp
     (measured,) = result["models"].values()
     assert {"accuracy", "response_length", "distinct-2", "kl_to_base"} <= set(measured)
     assert all(m["low"] <= m["value"] <= m["high"] for m in measured.values())
-    assert result["dataset"] == {"name": "addition", "kwargs": {"digits": 1}, "seed": 0, "prompts": 16}
+    prompts = result["dataset"].pop("prompts")
+    assert result["dataset"] == {"name": "addition", "kwargs": {"digits": 1}, "seed": 0}
+    # Sums of one digit repeat among 16 draws; copies are no evidence of their own
+    assert 1 < prompts < 16
     assert "accuracy" in capsys.readouterr().out
     assert evaluation_table(small_run, "me/run")["this"]["accuracy"] == measured["accuracy"]["value"]
 
@@ -48,13 +52,13 @@ def test_several_models_samples_and_kept_completions(small_run, tmp_path, monkey
     assert run(*flags) == 0
     result = numbers(tmp_path)
     assert {"pass@1", "pass@4", "mean@4", "win_rate", "length_controlled_win_rate"} <= set(
-        result["models"][str(small_run)]
+        result["models"][small_run.name]
     )
-    assert set(result["differences"]) == {str(small_run)}
+    assert set(result["differences"]) == {small_run.name}
     monkeypatch.setattr(evaluate, "load_model", lambda name: pytest.fail("loaded again"))
     assert run(*flags, "--metrics", "exact_match", "--reward_funcs", "last_number_match") == 0
-    again = numbers(tmp_path)["models"][str(small_run)]
-    assert again["exact_match"]["value"] == pytest.approx(result["models"][str(small_run)]["accuracy"]["value"])
+    again = numbers(tmp_path)["models"][small_run.name]
+    assert again["exact_match"]["value"] == pytest.approx(result["models"][small_run.name]["accuracy"]["value"])
 
 
 def test_an_adapter_is_loaded_with_its_base_and_diverges_from_it(tiny_path, tmp_path):
@@ -65,7 +69,7 @@ def test_an_adapter_is_loaded_with_its_base_and_diverges_from_it(tiny_path, tmp_
     adapted.save_pretrained(adapter)
     AutoTokenizer.from_pretrained(tiny_path).save_pretrained(adapter)
     assert run(adapter, "--num_prompts", 8, "--num_samples", 4, "--output_dir", output) == 0
-    assert numbers(output)["models"][str(adapter)]["kl_to_base"]["value"] > 0
+    assert numbers(output)["models"]["adapter"]["kl_to_base"]["value"] > 0
 
 
 def test_greedy_completions_do_not_depend_on_the_batch_size(model):
@@ -134,6 +138,8 @@ def test_a_dataset_with_rewards(tiny_path, tmp_path):
         (["--num_samples", 2, "--temperature", 0], "decodes greedily"),
         (["--metrics", "pass_at_k"], "needs samples"),
         (["--metrics", "win_rate"], "name two models"),
+        (["--seeds", 1, 1], "`--seeds` must differ"),
+        (["--temperature", "nan"], "must be a number of at least 0"),
         (["--num_prompts", 0], "`--num_prompts` must be at least 1, got 0"),
         (["--task", "additon"], "Did you mean 'addition'"),
         (["--task_kwargs", "{"], "not JSON"),
@@ -159,3 +165,51 @@ def test_a_dataset_without_what_is_read_is_refused(row, text, capsys, tmp_path):
 def test_a_missing_model_is_named(capsys, tmp_path):
     assert run(tmp_path / "nothing", "--output_dir", tmp_path / "out") == 1
     assert "there is no such folder" in capsys.readouterr().err
+
+
+def test_a_reward_that_does_not_apply_to_a_row_leaves_it_out():
+    answered = Answered([["a"], ["b"], ["c"]], {"r": [[1.0], [None], [0.0]]}, [[1]] * 3)
+    opponent = Answered([["a"], ["b"], ["c"]], {"r": [[0.0], [1.0], [None]]}, [[1]] * 3)
+    statistics = measures(answered, ["pass_at_k", "mean_at_k", "win_rate"], [1], None, opponent)
+    values = {name: statistic(np.arange(3)) for name, statistic in statistics.items()}
+    assert values["r"] == values["pass@1"] == values["mean@1"] == 0.5
+    assert values["win_rate"] == 1.0
+
+
+def test_the_base_is_the_one_asked_for(small_run, tiny_path, tmp_path):
+    flags = [tiny_path, "--num_prompts", 4, "--output_dir", tmp_path]
+    assert run(*flags, "--base_model", small_run) == 0
+    (measured,) = numbers(tmp_path)["models"].values()
+    assert measured["kl_to_base"]["value"] != 0
+    assert run(*flags) == 0
+    (measured,) = numbers(tmp_path)["models"].values()
+    assert "kl_to_base" not in measured
+
+
+def test_length_rewards_know_the_tasks_length(small_run, tmp_path):
+    flags = ["--num_prompts", 8, "--reward_funcs", "get_soft_overlong_punishment", "--output_dir", tmp_path]
+    assert run(small_run, *flags, "--max_new_tokens", 1) == 0
+    ((_, punished),) = [
+        item
+        for item in numbers(tmp_path)["models"][small_run.name].items()
+        if "overlong" in item[0] or "reward" in item[0]
+    ]
+    assert punished["value"] == -1.0
+
+
+def test_models_whose_folders_are_called_alike_keep_their_own_columns(tmp_path):
+    for parent in ("a", "b"):
+        (tmp_path / parent / "model").mkdir(parents=True)
+    names = short_names([str(tmp_path / "a" / "model"), str(tmp_path / "b" / "model"), "me/model"])
+    assert list(names.values()) == ["a/model", "b/model", "me/model"]
+
+
+def test_a_new_run_in_a_folder_does_not_inherit_the_old_ones_evaluation(tmp_path):
+    from tests.job.conftest import flags
+
+    output = tmp_path / "run"
+    train = ["train", *flags(max_steps=1, start_model_steps=5), "--output_dir", str(output)]
+    assert cli.main(train) == 0
+    assert run(output, "--num_prompts", 4) == 0
+    assert cli.main([*train, "--overwrite_output_dir"]) == 0
+    assert not [path for path in output.iterdir() if path.name.startswith("evaluation")]
