@@ -45,9 +45,10 @@ CLAIM = Claim(
     ),
     tune_on=ACCURACY,
     measures=(sampled_accuracy, sampled_entropy),
-    findings="Both arms with a limit give up the workings (4 tokens instead of 10) and with them much of the accuracy, "
-    "since the tiny model adds less well without. On two of the five seeds its direct answers are hardly ever right, "
-    "and both arms end near 0; on the other three DLER is ahead by 0.00, 0.08 and 0.15. DLER also loses entropy at "
-    "first, since the tuning chose twice the learning rate for it. That accuracy is kept while answers shrink, the "
-    "paper's main claim, needs a model that can compress its workings, which was not found among the tiny ones.",
+    findings="Both arms with a limit give up the workings (4 tokens instead of 10) and with them much of the "
+    "accuracy, since the tiny model adds less well without. On two of the five seeds its direct answers are "
+    "hardly ever right, and both arms end near 0; on the other three DLER is ahead by 0.00, 0.08 and 0.15. "
+    "DLER also loses entropy at first, since the tuning chose twice the learning rate for it. That accuracy "
+    "is kept while answers shrink, the paper's main claim, needs a model that can compress its workings, "
+    "which was not found among the tiny ones.",
 )
