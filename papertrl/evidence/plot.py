@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -79,5 +80,5 @@ def _seeds(axes, claim: Claim, runs: list[dict], metric: Metric) -> None:
         axes.scatter([i] * len(values), values, color=color, s=18, zorder=2)
         axes.plot([i - 0.2, i + 0.2], [fmean(values)] * 2, color=color, lw=2)
     axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=9)
-    axes.set_ylabel(f"{metric}, whole run", fontsize=9)
+    axes.set_ylabel(fill(f"{metric}, whole run", 36), fontsize=9)
     axes.grid(axis="y", alpha=0.3)
