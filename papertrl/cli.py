@@ -18,6 +18,7 @@ usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECI
        papertrl methods
        papertrl claims [METHOD ...] [--help]
        papertrl publish OUTPUT_DIR [--help]
+       papertrl space MODEL [--help]
 
 Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
 two minutes on two CPU cores, without network.
@@ -83,8 +84,10 @@ def _dispatch(argv: list[str]) -> int:
         return _claims(rest)
     if command == "publish":
         return _publish(rest)
+    if command == "space":
+        return _space(rest)
     if command != "train":
-        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims, publish.")
+        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims, publish, space.")
     choice = choose(rest)
     if choice.list_methods:
         print(method_list())
@@ -109,6 +112,13 @@ def _publish(argv: list[str]) -> int:
     from .publishing import main as publish
 
     return publish(argv)
+
+
+def _space(argv: list[str]) -> int:
+    warnings.simplefilter("ignore")
+    from .space import main as space
+
+    return space(argv)
 
 
 def _train(choice: Choice, argv: list[str]) -> int:
