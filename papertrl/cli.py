@@ -1,4 +1,4 @@
-"""The command line: `papertrl train`, `papertrl methods`, `papertrl claims`. `scripts/train.py` runs the first."""
+"""The command line `papertrl` with its subcommands; the scripts of the same names run them as well."""
 
 import ast
 import os
@@ -19,6 +19,7 @@ usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECI
        papertrl claims [METHOD ...] [--help]
        papertrl evaluate MODEL [MODEL ...] [--help]
        papertrl publish OUTPUT_DIR [--help]
+       papertrl space MODEL [--help]
 
 Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
 two minutes on two CPU cores, without network.
@@ -86,8 +87,12 @@ def _dispatch(argv: list[str]) -> int:
         return _evaluate(rest)
     if command == "publish":
         return _publish(rest)
+    if command == "space":
+        return _space(rest)
     if command != "train":
-        raise UsageError(f"Unknown command '{command}'. Commands are: train, methods, claims, evaluate, publish.")
+        raise UsageError(
+            f"Unknown command '{command}'. Commands are: train, methods, claims, evaluate, publish, space."
+        )
     choice = choose(rest)
     if choice.list_methods:
         print(method_list())
@@ -123,6 +128,13 @@ def _publish(argv: list[str]) -> int:
     from .publishing import main as publish
 
     return publish(argv)
+
+
+def _space(argv: list[str]) -> int:
+    warnings.simplefilter("ignore")
+    from .space import main as space
+
+    return space(argv)
 
 
 def _train(choice: Choice, argv: list[str]) -> int:

@@ -238,6 +238,7 @@ def space_publication(folder: Path, repo_id: str, model_id: str, rendered: Path)
     made = Path(render_space(model_id, rendered, read_run(folder)))
     files = sorted(path for path in made.rglob("*") if path.is_file() and not path.is_symlink())
     kept = [path for path in files if not any(part.startswith((".", "__")) for part in path.relative_to(made).parts)]
-    items = [Item(path.relative_to(made).as_posix(), path) for path in kept]
+    # What was rendered may be gone when it is listed or sent
+    items = [Item(path.relative_to(made).as_posix(), path.read_bytes()) for path in kept]
     _check(items)
     return Publication(repo_id, "space", items)
