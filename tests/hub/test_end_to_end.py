@@ -1,6 +1,7 @@
 """From training to a model that others load, through the real client in processes of their own."""
 
 import json
+import shutil
 
 from huggingface_hub import ModelCard
 
@@ -94,3 +95,33 @@ def test_an_adapter_is_loaded_as_its_card_says(hub, tmp_path):
     source = files["README.md"].decode().split("```python\n")[1].split("```")[0]
     check = 'assert model.generate(**tokenizer("1+2=", return_tensors="pt")).shape[1] > 4'
     finish(client(hub, f"{source}\n{check}", HF_HOME=str(tmp_path / "cache")))
+
+
+ASK = """
+import json
+from pathlib import Path
+from engine import Settings, load, stream
+engine = load(json.loads(Path("space.json").read_text())["model"])
+for side, scale in ((engine.base, 0.0), (engine.trained, 1.0)):
+    *_, answer = stream(engine, side, "12+34=", scale, Settings(max_new_tokens=4))
+    assert answer.finished and answer.ids, answer
+print(engine.trained.name, engine.base.name)
+"""
+
+
+def test_evaluation_and_space_go_along_and_the_space_loads_what_was_published(hub, trained, tmp_path):
+    run, space = tmp_path / "run", tmp_path / "space"
+    shutil.copytree(trained, run)
+    space.mkdir()
+    assert main(["evaluate", str(run), "--num_prompts", "8"]) == 0
+    evaluated = json.loads((run / "evaluation.json").read_text())["models"]["run"]
+    publish(run, f"{OWNER}/tried", with_space=True, token=TOKEN, endpoint=hub.endpoint)
+    card = ModelCard(hub.files(f"{OWNER}/tried")["README.md"].decode())
+    measured = {r.metric_name: r.metric_value for r in card.data.eval_results}
+    assert measured["kl_to_base (papertrl evaluate)"] == round(evaluated["kl_to_base"]["value"], 6)
+    assert f"spaces/{OWNER}/tried-demo" in card.text
+    for name, content in hub.files(f"{OWNER}/tried-demo", "space").items():
+        (space / name).write_bytes(content)
+    code = f"import os; os.chdir({str(space)!r}); import sys; sys.path.insert(0, '.')\n{ASK}"
+    out = finish(client(hub, code, HF_HOME=str(tmp_path / "cache")))
+    assert f"{OWNER}/tried start model" in out
