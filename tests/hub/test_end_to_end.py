@@ -110,11 +110,11 @@ print(engine.trained.name, engine.base.name)
 
 
 def test_evaluation_and_space_go_along_and_the_space_loads_what_was_published(hub, trained, tmp_path):
-    run, space = tmp_path / "run", tmp_path / "space"
+    run, space = tmp_path / trained.name, tmp_path / "space"
     shutil.copytree(trained, run)
     space.mkdir()
     assert main(["evaluate", str(run), "--num_prompts", "8"]) == 0
-    evaluated = json.loads((run / "evaluation.json").read_text())["models"]["run"]
+    evaluated = json.loads((run / "evaluation.json").read_text())["models"][run.name]
     publish(run, f"{OWNER}/tried", with_space=True, token=TOKEN, endpoint=hub.endpoint)
     card = ModelCard(hub.files(f"{OWNER}/tried")["README.md"].decode())
     measured = {r.metric_name: r.metric_value for r in card.data.eval_results}
