@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub import SpaceCardData
 
 from .errors import JobError
+from .hub import Item
 from .parsing import CommandParser
 from .publication import MODEL, REPORTS, START_MODEL, publishable
 from .runfile import read_run
@@ -58,6 +59,7 @@ def render_space(model: str, output_dir: Path, run: dict[str, Any] | None, bundl
     source = Path(importlib.util.find_spec("papertrl.spaces").origin).parent / "demo"
     guidance = importlib.util.find_spec("papertrl.samplers.tokens.guidance").origin
     settings = {"model": BUNDLED if bundle else model} | ({"run": scrub(run)} if run else {})
+    carried = _carried(bundle) if bundle else []
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         for path in sorted(source.iterdir()):
@@ -67,8 +69,10 @@ def render_space(model: str, output_dir: Path, run: dict[str, Any] | None, bundl
         (output_dir / "requirements.txt").write_text(requirements((source / "requirements.txt").read_text()))
         (output_dir / "README.md").write_text(card(model, run, bundle is not None))
         (output_dir / SPACE_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
-        if bundle:
-            _carry(bundle, output_dir / BUNDLED)
+        for item in carried:
+            path = output_dir / BUNDLED / item.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(item.content) if isinstance(item.content, bytes) else shutil.copyfile(item.content, path)
     except OSError as error:
         raise JobError(f"The Space cannot be written to '{output_dir}' ({error.strerror}).") from error
     return output_dir
@@ -120,7 +124,7 @@ model; a private one needs the secret `HF_TOKEN` of an account that may read it.
 """
 
 
-def _carry(bundle: Path, target: Path) -> None:
+def _carried(bundle: Path) -> list[Item]:
     items, _ = publishable(bundle, (*MODEL, *REPORTS))
     start = bundle / START_MODEL
     if start.is_dir() and not start.is_symlink():
@@ -130,10 +134,7 @@ def _carry(bundle: Path, target: Path) -> None:
             f"'{bundle}' holds no model: neither model.safetensors nor adapter_model.safetensors. Give the output "
             "directory of a finished run, or the Hub id of a model."
         )
-    for item in items:
-        path = target / item.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(item.content) if isinstance(item.content, bytes) else shutil.copyfile(item.content, path)
+    return items
 
 
 # --- Command line ---------------------------------------------------------------------------------------------------
