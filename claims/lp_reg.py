@@ -43,11 +43,12 @@ CLAIM = Claim(
     tune_on=ACCURACY,
     measures=(sampled_accuracy, workings_share, sampled_entropy),
     findings="A first version of the check (two digits, workings always right) was not shown either, since GRPO kept "
-    "the rare way by itself. Here GRPO does lose it on four of five seeds, as the paper describes, but Lp- "
-    "Reg loses it as well. The equation says why: on policy the proxy q is the policy p divided by the kept "
-    "mass S, so that the penalty pushes a token up with strength β (1/S - 1), a few hundredths at the "
+    "the rare way by itself. Here GRPO does lose it on four of five seeds, as the paper describes, but the "
+    "method loses it as well. The equation says why: on policy the proxy q is the policy p divided by the "
+    "kept mass S, so that the penalty pushes a token up with strength β (1/S - 1), a few hundredths at the "
     "paper's κ, against an advantage of about one. Larger shares ρ and four updates per batch did not "
     "change that on a development seed. The rare first token is also often not among the lowest hundredth "
     "of all tokens. The entropy bonus keeps entropy up, but not the workings. One start model knows the "
-    "task not at all.",
+    "task not at all. The second value of GRPO's grid, the upper clip, is without effect on policy, so that "
+    "GRPO had two different points and the others four.",
 )

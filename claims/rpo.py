@@ -40,6 +40,8 @@ CLAIM = Claim(
     ),
     tune_on=ACCURACY,
     measures=(greedy_accuracy, answer_logp),
-    findings="DPO at a fifth of the learning rate loses far less of the chosen answers' probability, about as much as "
-    "the margin that was asked for; RPO raises it instead, and ends at a higher accuracy than both.",
+    findings="DPO lowers the log-probability of the right answers from -0.5 to -1.1 nats in the mean; at a fifth of "
+    "the learning rate it leaves it where it was, so that much of the loss is a matter of step size. RPO "
+    "raises it to -0.02, and ends at a higher accuracy than both. The difference to the slower DPO, +0.48, "
+    "is below the margin of 0.5.",
 )

@@ -15,6 +15,7 @@ from .runfile import (
     EVALUATION_FILE,
     RECIPE_FILE,
     RUN_FILE,
+    START_MODEL,
     describe,
     is_repo_id,
     read_json,
@@ -23,7 +24,6 @@ from .runfile import (
 from .scrubbing import scrub
 
 CARD_FILE = "README.md"
-START_MODEL = "start_model"
 SHOWN_EXAMPLES = 3
 
 TRL_CITATION = """\

@@ -6,12 +6,21 @@ import signal
 import sys
 import traceback
 import warnings
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
 from .arguments import Choice, choose, listed_methods, make_parser, make_trainer_class, parse
 from .catalogue import METHODS
 from .errors import JobError, UsageError, paragraph
+
+# Modules whose `main` runs a subcommand, loaded when it is called
+SUBCOMMANDS = {
+    "claims": "papertrl.evidence.command",
+    "evaluate": "papertrl.evaluation.command",
+    "publish": "papertrl.publishing",
+    "space": "papertrl.space",
+}
 
 USAGE = """\
 usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECIPE] [flags]
@@ -81,18 +90,11 @@ def _dispatch(argv: list[str]) -> int:
     if command == "methods":
         print(method_list())
         return 0
-    if command == "claims":
-        return _claims(rest)
-    if command == "evaluate":
-        return _evaluate(rest)
-    if command == "publish":
-        return _publish(rest)
-    if command == "space":
-        return _space(rest)
+    if command in SUBCOMMANDS:
+        return _subcommand(SUBCOMMANDS[command], rest)
     if command != "train":
-        raise UsageError(
-            f"Unknown command '{command}'. Commands are: train, methods, claims, evaluate, publish, space."
-        )
+        known = ", ".join(("train", "methods", *SUBCOMMANDS))
+        raise UsageError(f"Unknown command '{command}'. Commands are: {known}.")
     choice = choose(rest)
     if choice.list_methods:
         print(method_list())
@@ -104,37 +106,16 @@ def _dispatch(argv: list[str]) -> int:
     return _train(choice, argv)
 
 
-def _claims(argv: list[str]) -> int:
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.simplefilter("ignore")
-    from .evidence.command import main as claims
-
-    return claims(argv)
-
-
-def _evaluate(argv: list[str]) -> int:
+def _subcommand(module: str, argv: list[str]) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
 
-    from .evaluation.command import main as evaluate
-
     disable_progress_bar()
-    return evaluate(argv)
-
-
-def _publish(argv: list[str]) -> int:
-    warnings.simplefilter("ignore")
-    from .publishing import main as publish
-
-    return publish(argv)
-
-
-def _space(argv: list[str]) -> int:
-    warnings.simplefilter("ignore")
-    from .space import main as space
-
-    return space(argv)
+    try:
+        return import_module(module).main(argv)
+    except SystemExit:  # argparse has printed the help
+        return 0
 
 
 def _train(choice: Choice, argv: list[str]) -> int:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cards import CARD_FILE, START_MODEL, check_card, completions_card, model_card
+from .cards import CARD_FILE, check_card, completions_card, model_card
 from .errors import JobError
 from .hub import Item
 from .reporting import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
@@ -17,6 +17,7 @@ from .runfile import (
     EVALUATION_REPORT,
     RECIPE_FILE,
     RUN_FILE,
+    START_MODEL,
     read_run,
 )
 from .scrubbing import TOKEN, scrub_text
@@ -135,7 +136,8 @@ def _content(path: Path) -> Path | bytes:
     if path.suffix == ".json" and path.name in (*WEIGHTS, *CONFIGURATION):
         return _scrubbed_json(path, text)
     # Reports were scrubbed when they were made, except where people or methods put more into them
-    return scrub_text(text).encode(errors="surrogateescape") if scrub_text(text) != text else path
+    clean = scrub_text(text)
+    return path if clean == text else clean.encode(errors="surrogateescape")
 
 
 def _scrubbed_json(path: Path, text: str) -> Path | bytes:

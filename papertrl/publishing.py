@@ -222,10 +222,7 @@ def main(argv: list[str]) -> int:
         argv (`list[str]`):
             Arguments after `publish`.
     """
-    try:
-        args = make_parser().parse_args(argv)
-    except SystemExit:  # --help
-        return 0
+    args = make_parser().parse_args(argv)
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None and not os.isatty(2):
         disable_progress_bars()
     published = publish(

@@ -20,6 +20,8 @@ from .heldout import Answers
 from .scrubbing import names_a_secret, scrub, scrub_command
 
 RUN_FILE = "run.json"
+# Folder of a start model that was made for the run, or unpacked
+START_MODEL = "start_model"
 RECIPE_FILE = "recipe.yaml"
 COMPLETIONS_FILE = "completions.jsonl"
 # What `papertrl evaluate` leaves beside a run

@@ -15,8 +15,8 @@ from huggingface_hub import SpaceCardData
 from .errors import JobError
 from .hub import Item
 from .parsing import CommandParser
-from .publication import MODEL, REPORTS, START_MODEL, publishable
-from .runfile import read_run
+from .publication import MODEL, REPORTS, publishable
+from .runfile import START_MODEL, read_run
 from .scrubbing import scrub
 
 SPACE_FILE = "space.json"
@@ -160,10 +160,7 @@ def main(argv: list[str]) -> int:
         argv (`list[str]`):
             Arguments after `space`.
     """
-    try:
-        args = make_parser().parse_args(argv)
-    except SystemExit:  # --help
-        return 0
+    args = make_parser().parse_args(argv)
     folder = Path(args.model)
     local = folder.is_dir()
     if not local and (args.model.count("/") > 1 or args.model.startswith((".", "/", "~"))):

@@ -38,6 +38,7 @@ from .runfile import (
     EVALUATION_REPORT,
     RECIPE_FILE,
     RUN_FILE,
+    START_MODEL,
     describe,
     describe_job,
     write_job_files,
@@ -45,7 +46,6 @@ from .runfile import (
 from .start import DEMONSTRATIONS, ERROR_SHARE, make_start_model, prepare_model
 from .tasks import Task
 
-START_MODEL = "start_model"
 RUN_FILES = (
     METRICS_FILE,
     CURVES_FILE,

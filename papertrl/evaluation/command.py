@@ -96,10 +96,7 @@ def main(argv: list[str]) -> int:
     Raises:
         [`~papertrl.errors.JobError`]: for input that cannot be evaluated.
     """
-    try:
-        args = make_parser().parse_args(argv)
-    except SystemExit:  # --help
-        return 0
+    args = make_parser().parse_args(argv)
     settle(args)
     problems, judges, source = make_problems(args)
     chosen = choose_metrics(args, problems)

@@ -9,10 +9,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import JobError
-from ..runfile import RUN_FILE, read_json
+from ..runfile import RUN_FILE, START_MODEL, read_json
 from ..start import prepare_model
 
-START_MODEL = "start_model"
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -51,7 +50,7 @@ def load_model(name: str) -> Loaded:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if is_adapter(folder):
-            model = AutoModelForCausalLM.from_pretrained(adapter_base(folder), dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(base_of(name), dtype="auto")
             model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
             return _ready(PeftModel.from_pretrained(model, name), tokenizer)
         return _ready(AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer)
@@ -74,20 +73,13 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists()
 
 
-def adapter_base(folder: Path) -> str:
-    """Base of an adapter: the one that it names, or the start model beside it."""
-    named = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    beside = folder / START_MODEL
-    return str(beside) if beside.is_dir() and not Path(named).is_dir() else named
-
-
 def base_of(name: str) -> str | None:
-    """Model that a run folder's model was trained from, if the folder tells."""
+    """Model that the model of a folder was trained from: the start model beside it, else what adapter or run name."""
     folder = Path(name)
-    if is_adapter(folder):
-        return adapter_base(folder)
     if (folder / START_MODEL).is_dir():
         return str(folder / START_MODEL)
+    if is_adapter(folder):
+        return json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     return (read_json(folder / RUN_FILE) or {}).get("base_model")
 
 

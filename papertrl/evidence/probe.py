@@ -6,9 +6,10 @@ from statistics import fmean
 
 import torch
 from datasets import Dataset
-from torch.nn.functional import log_softmax
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..evaluation.sampling import completion_logps
 from ..samplers.tokens.rollout import sample_rollouts
 from ..tasks import Task
 
@@ -107,18 +108,8 @@ class Probe:
         Returns:
             `torch.Tensor` of shape `(rows, time)`: 0 on padding.
         """
-        model = model or self.model
-        width = max(len(p) + len(c) for p, c in zip(prompt_ids, completion_ids, strict=True))
-        ids = torch.full((len(prompt_ids), width), self.tokenizer.pad_token_id)
-        scored = torch.zeros_like(ids, dtype=torch.bool)
-        for row, (prompt, completion) in enumerate(zip(prompt_ids, completion_ids, strict=True)):
-            ids[row, : len(prompt) + len(completion)] = torch.tensor(prompt + completion)
-            scored[row, len(prompt) : len(prompt) + len(completion)] = True
-        ids, scored = ids.to(model.device), scored.to(model.device)
-        with torch.no_grad():
-            logits = model(input_ids=ids).logits[:, :-1].float()
-        logps = log_softmax(logits, dim=-1).gather(2, ids[:, 1:].unsqueeze(2)).squeeze(2)
-        return logps * scored[:, 1:]
+        rows = completion_logps(model or self.model, prompt_ids, completion_ids)
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
 
 
 # --- Measures that several claims share ---------------------------------------------------------------------------

@@ -188,13 +188,11 @@ def test_the_base_is_the_one_asked_for(small_run, tiny_path, tmp_path):
 
 def test_length_rewards_know_the_tasks_length(small_run, tmp_path):
     flags = ["--num_prompts", 8, "--reward_funcs", "get_soft_overlong_punishment", "--output_dir", tmp_path]
-    assert run(small_run, *flags, "--max_new_tokens", 1) == 0
-    ((_, punished),) = [
-        item
-        for item in numbers(tmp_path)["models"][small_run.name].items()
-        if "overlong" in item[0] or "reward" in item[0]
-    ]
-    assert punished["value"] == -1.0
+    assert run(small_run, *flags) == 0
+    measured = numbers(tmp_path)["models"][small_run.name]
+    # Two digits and the end fill the task's three tokens; of 256 tokens they would be far from too long
+    assert measured["response_length"]["value"] == 3
+    assert measured["soft_overlong_punishment_reward"]["value"] == -1.0
 
 
 def test_models_whose_folders_are_called_alike_keep_their_own_columns(tmp_path):
