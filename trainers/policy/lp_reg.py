@@ -16,7 +16,7 @@ from ..statistics import lm_head
 from ..terms import LossTerm
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
-from .record import RolloutRecord
+from .record import RolloutRecord, ScoredBatch
 from .scoring import OldPass
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -128,8 +128,8 @@ class LpRegGRPOTrainer(PolicyTrainer):
         needs = super().old_pass_needs()
         return needs | {"logps", "hidden_states"} if self.args.lp_reg_beta > 0 else needs
 
-    def collect_statistics(self, record: RolloutRecord, old_pass: OldPass) -> None:
-        super().collect_statistics(record, old_pass)
+    def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
+        super().collect_statistics(record, scored, old_pass)
         if self.args.lp_reg_beta == 0:
             return
         mask = record.completion_mask.bool()
