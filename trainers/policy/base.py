@@ -64,6 +64,11 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
         "Whether rows that add nothing to loss and gradient are left out of the update. Metrics of the update "
         "(`entropy`, `clip_ratio/*`, `kl`) then cover the rows that are computed.",
     )
+    success_threshold: float = method_field(
+        0.0,
+        "A completion counts as solved if its weighted reward is above this. For methods that tell solved prompts "
+        "from unsolved ones.",
+    )
     check_records: bool = method_field(
         False,
         "Whether to check the values of every rollout record, not only its shapes. For debugging: it waits for the "
@@ -95,6 +100,7 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
     | select | `select` | record → loss mask and row weights |
     | prepare objective | `prepare_objective` | selected record → batch-wide thresholds in `record.statistics` |
     | feedback | `observe_batch` | rewards, advantages → state of the next choice |
+    | trust region | `trust_region` | ratios and the range in which they are trusted |
     | objective | `objective`, `divergence` | statistics of the gradient pass → per-token loss |
     | extra terms | `extra_terms` | statistics of the gradient pass → named terms |
     | after backward | `after_backward` | gradient so far |
@@ -121,6 +127,7 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         "select",
         "prepare_objective",
         "feedback",
+        "trust_region",
         "objective",
         "divergence",
         "extra_terms",
@@ -133,7 +140,7 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         args = self.make_config(args, model)
         train_dataset = trl_args[0] if trl_args else trl_kwargs.get("train_dataset")
-        self.check_columns(train_dataset)
+        self.check_columns(train_dataset, args)
         drawing = self.prompt_drawing_methods(args)
         if drawing and train_dataset is not None and not isinstance(train_dataset, Dataset):
             raise ValueError(
@@ -255,6 +262,12 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         """
 
     # --- Services for stages ------------------------------------------------------------------------------------
+
+    def solved(self, scored: ScoredBatch) -> torch.Tensor:
+        """Rows `(rows,)` whose weighted reward, after the stage *score*, is above `success_threshold`."""
+        return (
+            weighted_sum(scored.rewards, self.reward_weights.to(scored.rewards.device)) > self.args.success_threshold
+        )
 
     def keyed_generator(self, *key: int) -> torch.Generator:
         """CPU generator for this generation batch and `key`: the same on every rank and after a resume."""
