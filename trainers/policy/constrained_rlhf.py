@@ -141,8 +141,9 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
 
     The paper has a value head per source. Here A_i is critic-free: the centered reward (stages *baseline* and
     *scale*), standardized over the generation batch; A_0 is the same of the reward −Σ_t log(π_old / π_ref) of a
-    sequence. A coefficient of that reward would cancel in the standardization, so there is none. The divergence of
-    `beta` comes on top if it is set.
+    sequence. A coefficient of that reward would cancel in the standardization, so there is none. For the same
+    reason A_0 pulls back with the same force at any distance, and rewards may swing around their thresholds; a small
+    `beta`, whose pull grows with the distance, damps that. It comes on top of A_0 if it is set.
 
     With `proxy_search_metric`, the thresholds themselves are searched for in the same run (Nelder and Mead): each
     vertex is held until the rewards of an evaluation have reached it or its budget is used up, and then judged by the
