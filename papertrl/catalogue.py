@@ -10,6 +10,7 @@ METHODS: dict[str, str] = {
     "dler": "policy",
     "gain_rl": "policy",
     "constrained_rlhf": "policy",
+    "dynamic_reward_weighting": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

@@ -24,8 +24,18 @@ RUNS = {
     "straddling": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE | {"num_generations": 8}),
     "intra_group": (["d3s"], EVERY_ROW | {"d3s_scope": "intra_group", "loss_type": "grpo"}),
     "constrained": (["constrained_rlhf", "dler"], EVERY_ROW | {"truncation_length": 6, "num_generations": 8}),
+    "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
+
+
+def brevity(completions, **kwargs):
+    """Reward 1 for fewer than four characters."""
+    return [float(len(text) < 4) for text in completions]
+
+
+# Runs on more than one reward
+REWARDS = {"gradient_weighting": [digit_parity, brevity]}
 
 
 def keyed_completions(self, prompt_ids, *args, **kwargs):
@@ -61,7 +71,7 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
         learning_rate=0.1,
         max_steps=4,
     )
-    trainer = trainer_class(model, [digit_parity], args, train_dataset=dataset("policy"))
+    trainer = trainer_class(model, REWARDS.get(label, [digit_parity]), args, train_dataset=dataset("policy"))
     trainer.train()
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
