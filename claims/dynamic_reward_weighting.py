@@ -3,7 +3,7 @@
 from math import prod
 from statistics import fmean
 
-from ..evidence import Arm, Claim, Comparison, Metric, Probe, Start, mean
+from ..evidence import Arm, Claim, Comparison, Metric, Probe, mean
 from ..rewards.matching import exact_match
 
 VOLUME = Metric("hypervolume")
@@ -50,7 +50,7 @@ CLAIM = Claim(
         "per_device_train_batch_size": 64,
         "num_generations": 8,
         "max_completion_length": 11,
-        "max_steps": 100,
+        "max_steps": 80,
     },
     arms={
         "fixed weights": Arm(grid=RATES),
@@ -69,7 +69,6 @@ CLAIM = Claim(
     ),
     tune_on=VOLUME,
     measures=(hypervolume,),
-    start=Start(steps=1000),
     evaluations=5,
     held_out=128,
     logs=tuple(f"dynamic_reward_weighting/{reward.__name__}/weight" for reward in REWARDS),
