@@ -11,6 +11,8 @@ METHODS: dict[str, str] = {
     "gain_rl": "policy",
     "guide_grpo": "policy",
     "scaf_grpo": "policy",
+    "constrained_rlhf": "policy",
+    "dynamic_reward_weighting": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

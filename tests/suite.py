@@ -41,6 +41,8 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
     "guide_grpo": {"guide_max_resample_batches": 1},
     "scaf_grpo": {"scaf_exempt_ratio": 0.0, "num_generations": 2},
+    "constrained_rlhf": {"constraint_thresholds": {"digit_parity": 0.9}},
+    "dynamic_reward_weighting": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
@@ -57,6 +59,9 @@ def every_fourth(completions, **kwargs):
     """Reward 1 for about a fourth of all texts, so that whole groups fail."""
     return [float(sum(map(ord, text)) % 4 == 0) for text in completions]
 
+
+# Settings name the reward, whichever it is
+every_fourth.__name__ = digit_parity.__name__
 
 # Methods that act on groups that fail
 ON_FAILURE = {"guide_grpo", "scaf_grpo"}

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from papertrl.catalogue import load_trainer
 from papertrl.trainers.method import compose
 
-from ..suite import active_config, dataset, history, reward_of, weights
+from ..suite import active_config, dataset, digit_parity, history, reward_of, weights
 
 EVERY_ROW = {"skip_zero_rows": False}
 LOOSE = EVERY_ROW | {"truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
@@ -30,8 +30,19 @@ RUNS = {
         LOOSE | {"num_generations": 8, "guide_reroll_threshold": 0.4},
     ),
     "scaffolded": (["scaf_grpo", "lite_ppo"], EVERY_ROW),
+    "constrained": (["constrained_rlhf", "dler"], EVERY_ROW | {"truncation_length": 6, "num_generations": 8}),
+    "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
+
+
+def brevity(completions, **kwargs):
+    """Reward 1 for fewer than four characters."""
+    return [float(len(text) < 4) for text in completions]
+
+
+# Runs on more than one reward
+REWARDS = {"gradient_weighting": [digit_parity, brevity]}
 
 
 def keyed_completions(self, prompt_ids, *args, **kwargs):
@@ -69,7 +80,9 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
         learning_rate=0.1,
         max_steps=4,
     )
-    trainer = trainer_class(model, [reward_of(trainer_class)], args, train_dataset=dataset("policy"))
+    trainer = trainer_class(
+        model, REWARDS.get(label, [reward_of(trainer_class)]), args, train_dataset=dataset("policy")
+    )
     trainer.train()
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
