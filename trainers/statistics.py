@@ -39,8 +39,13 @@ def backbone(model: nn.Module) -> nn.Module:
 
 
 def last_mlp(model: nn.Module) -> nn.Module:
+    """The MLP block of [`last_layer`], whose input is the normalized residual stream."""
+    return last_layer(model).mlp
+
+
+def last_layer(model: nn.Module) -> nn.Module:
     """
-    The MLP block of the last decoder layer, whose input is the normalized residual stream.
+    The last decoder layer.
 
     Raises:
         `ValueError`: if the model is not a stack of decoder layers that each have an `mlp`.
@@ -48,10 +53,10 @@ def last_mlp(model: nn.Module) -> nn.Module:
     depth = model.config.get_text_config().num_hidden_layers
     for module in backbone(model).modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth and hasattr(module[-1], "mlp"):
-            return module[-1].mlp
+            return module[-1]
     raise ValueError(
-        f"`{type(causal_lm(model)).__name__}` has no list of {depth} decoder layers with an `mlp` each, whose input "
-        "this method reads. Use a decoder-only text model."
+        f"`{type(causal_lm(model)).__name__}` has no list of {depth} decoder layers with an `mlp` each, of which this "
+        "method reads the last. Use a decoder-only text model."
     )
 
 
