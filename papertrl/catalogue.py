@@ -9,6 +9,8 @@ METHODS: dict[str, str] = {
     "lite_ppo": "policy",
     "dler": "policy",
     "gain_rl": "policy",
+    "guide_grpo": "policy",
+    "scaf_grpo": "policy",
     "oblr_po": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",

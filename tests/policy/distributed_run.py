@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from papertrl.catalogue import load_trainer
 from papertrl.trainers.method import compose
 
-from ..suite import active_config, dataset, digit_parity, history, weights
+from ..suite import active_config, dataset, history, reward_of, weights
 
 EVERY_ROW = {"skip_zero_rows": False}
 LOOSE = EVERY_ROW | {"truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
@@ -23,6 +23,13 @@ RUNS = {
     # A group of eight lies on two ranks
     "straddling": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE | {"num_generations": 8}),
     "intra_group": (["d3s"], EVERY_ROW | {"d3s_scope": "intra_group", "loss_type": "grpo"}),
+    # How many groups fail, and with how many hints, differs between ranks and steps
+    "guided": (["guide_grpo"], EVERY_ROW),
+    "guided_straddling": (
+        ["guide_grpo", "lp_reg", "dler"],
+        LOOSE | {"num_generations": 8, "guide_reroll_threshold": 0.4},
+    ),
+    "scaffolded": (["scaf_grpo", "lite_ppo"], EVERY_ROW),
     "accumulated": (["oblr_po"], {}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
@@ -41,7 +48,9 @@ def keyed_completions(self, prompt_ids, *args, **kwargs):
     """Completions that depend on prompt, place in the group and batch, but not on how ranks share the rows."""
     rows = []
     for i, ids in enumerate(prompt_ids):
-        place = (self.accelerator.process_index * len(prompt_ids) + i) % self.num_generations
+        place = self.accelerator.process_index * len(prompt_ids) + i
+        # Rows sampled anew belong to no group yet
+        place = place if self.num_generations == 1 else place % self.num_generations
         digest = hashlib.sha256(f"{ids}-{place}-{self.state.global_step}".encode()).digest()
         rows.append([4 + byte % 60 for byte in digest[: 1 + digest[31] % 6]] + [self.eos_token_ids[0]])
     return rows, None
@@ -72,7 +81,7 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
         learning_rate=0.1,
         max_steps=4,
     )
-    trainer = trainer_class(model, [digit_parity], args, train_dataset=dataset("policy"))
+    trainer = trainer_class(model, [reward_of(trainer_class)], args, train_dataset=dataset("policy"))
     trainer.train()
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
