@@ -13,6 +13,7 @@ METHODS: dict[str, str] = {
     "scaf_grpo": "policy",
     "constrained_rlhf": "policy",
     "dynamic_reward_weighting": "policy",
+    "oblr_po": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

@@ -43,6 +43,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "scaf_grpo": {"scaf_exempt_ratio": 0.0, "num_generations": 2},
     "constrained_rlhf": {"constraint_thresholds": {"digit_parity": 0.9}},
     "dynamic_reward_weighting": {},
+    "oblr_po": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},

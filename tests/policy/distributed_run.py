@@ -32,6 +32,7 @@ RUNS = {
     "scaffolded": (["scaf_grpo", "lite_ppo"], EVERY_ROW),
     "constrained": (["constrained_rlhf", "dler"], EVERY_ROW | {"truncation_length": 6, "num_generations": 8}),
     "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
+    "accumulated": (["oblr_po"], {}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
@@ -43,6 +44,13 @@ def brevity(completions, **kwargs):
 
 # Runs on more than one reward
 REWARDS = {"gradient_weighting": [digit_parity, brevity]}
+# Runs that compare micro-batches: as many of them, with the same rows, on either number of processes
+ALIKE = {"accumulated"}
+
+
+def in_order(self, record):
+    """Micro-batches of the rows as they come."""
+    return list(torch.arange(len(record.row_weight)).split(self.args.per_device_train_batch_size))
 
 
 def keyed_completions(self, prompt_ids, *args, **kwargs):
@@ -68,14 +76,16 @@ def run(folder: Path, model: str, world: int) -> None:
 def run_one(folder: Path, model: str, world: int, label: str) -> None:
     names, values = RUNS[label]
     trainer_class = compose(*map(load_trainer, names))
-    trainer_class = type(trainer_class.__name__, (trainer_class,), {"_generate_single_turn": keyed_completions})
+    changed = {"_generate_single_turn": keyed_completions} | ({"_micro_batches": in_order} if label in ALIKE else {})
+    trainer_class = type(trainer_class.__name__, (trainer_class,), changed)
+    micro_batch = 8 if label in ALIKE else 16 // world
     args = active_config(
         trainer_class,
         names,
         folder / label,
         **values,
-        per_device_train_batch_size=16 // world,
-        gradient_accumulation_steps=1,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=16 // world // micro_batch,
         optim="sgd",
         learning_rate=0.1,
         max_steps=4,
