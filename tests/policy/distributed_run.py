@@ -23,6 +23,7 @@ RUNS = {
     # A group of eight lies on two ranks
     "straddling": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE | {"num_generations": 8}),
     "intra_group": (["d3s"], EVERY_ROW | {"d3s_scope": "intra_group", "loss_type": "grpo"}),
+    "disco": (["disco"], EVERY_ROW | {"num_iterations": 2, "disco_kl": "k3", "disco_delta": 0.0}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
