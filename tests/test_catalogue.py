@@ -22,7 +22,6 @@ INCOMPATIBLE = {
     ("lite_ppo", "dler"): "stage 'scale'.*advantage_whitening='none'",
     ("lite_ppo", "disco"): "stage 'scale'.*disco_score='none'",
     ("dler", "disco"): "stage 'scale'.*advantage_whitening='none'.*disco_score='none'",
-    ("lp_reg", "disco"): "stage 'objective'.*disco_score='none' or lp_reg_beta=0.0",
 }
 
 

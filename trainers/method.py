@@ -36,8 +36,6 @@ class Method:
             Config values under which the trainer equals its TRL parent.
         signal (`str`):
             Logged metric that is positive when the mechanism acts.
-        columns (`tuple[str, ...]`):
-            Dataset columns that the method needs beside those of the TRL parent.
     """
 
     name: str
@@ -46,7 +44,6 @@ class Method:
     replaces: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     neutral: Mapping[str, Any] = field(default_factory=dict)
     signal: str = ""
-    columns: tuple[str, ...] = ()
 
 
 class MethodTrainer:
@@ -138,24 +135,38 @@ class MethodTrainer:
                             f"stage '{stage}'. Leave one of them out{f', or set {ways}' if ways else ''}."
                         )
 
-    def check_columns(self, dataset: Any) -> None:
+    @classmethod
+    def needed_columns(cls, args: Any) -> list[str]:
         """
-        Check that `dataset` has the columns that the methods declare.
+        Dataset columns that the methods need, under the config `args`, beside those of the TRL parent. Extend through
+        `super()`.
+        """
+        return []
+
+    def check_columns(self, dataset: Any, args: Any) -> None:
+        """
+        Check that `dataset` has the columns that the methods need under the config `args`, and keeps them.
 
         Raises:
             `ValueError`: if it is empty, or lacks a column; the message names the column and those present.
         """
+        needed = self.needed_columns(args)
+        if needed and args.remove_unused_columns:
+            raise ValueError(
+                f"`remove_unused_columns` must be False, got True: it would drop the columns {needed}, which "
+                f"{[m.name for m in self.methods]} need."
+            )
         if dataset is None:
             return
         names = getattr(dataset, "column_names", None)
         if hasattr(dataset, "__len__") and len(dataset) == 0:
             raise ValueError("`train_dataset` is empty: it has no rows to train on.")
-        for m in self.methods:
-            for column in m.columns:
-                if names is not None and column not in names:
-                    raise ValueError(
-                        f"Method '{m.name}' needs the dataset column '{column}', but the columns are {sorted(names)}."
-                    )
+        for column in needed:
+            if names is not None and column not in names:
+                raise ValueError(
+                    f"Methods {[m.name for m in self.methods]} need the dataset column '{column}', but the columns "
+                    f"are {sorted(names)}."
+                )
 
     # --- Metrics ------------------------------------------------------------------------------------------------
 

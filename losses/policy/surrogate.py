@@ -37,9 +37,9 @@ def log_importance_weights(
 def clipped_surrogate(
     ratio: Float[Tensor, "batch t"],
     advantages: Float[Tensor, "batch a"],
-    epsilon_low: float,
-    epsilon_high: float,
-    delta: float | None = None,
+    epsilon_low: float | Float[Tensor, "batch c"],
+    epsilon_high: float | Float[Tensor, "batch c"],
+    delta: float | Float[Tensor, "batch d"] | None = None,
 ) -> Float[Tensor, "batch _"]:
     """
     PPO's loss −min(rA, clip(r, 1−ε_low, 1+ε_high)·A), with r ≤ δ in the first part (arXiv:1707.06347, Eq. 7).
@@ -49,9 +49,9 @@ def clipped_surrogate(
             r, with gradient.
         advantages (`torch.Tensor` of shape `(batch, time)` or `(batch, 1)`):
             A, without gradient.
-        epsilon_low, epsilon_high (`float`):
-            Clip range.
-        delta (`float`, *optional*):
+        epsilon_low, epsilon_high (`float`, or both `torch.Tensor` that broadcast against `ratio`):
+            Clip range; infinite where nothing is clipped.
+        delta (`float` or `torch.Tensor`, *optional*):
             Upper bound of the unclipped part (two-sided clipping).
     """
     bounded = ratio if delta is None else torch.clamp(ratio, max=delta)
@@ -63,7 +63,7 @@ def cispo_surrogate(
     ratio: Float[Tensor, "batch t"],
     advantages: Float[Tensor, "batch a"],
     logps: Float[Tensor, "batch time"],
-    epsilon_high: float,
+    epsilon_high: float | Float[Tensor, "batch c"],
 ) -> Float[Tensor, "batch time"]:
     """−min(r, ε_high)·A·logπ with the clipped ratio held fixed (CISPO, arXiv:2506.13585, Eq. 4)."""
     return -torch.clamp(ratio, max=epsilon_high).detach() * advantages * logps

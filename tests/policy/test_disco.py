@@ -178,8 +178,8 @@ def loss_by_hand(trainer, whole, rows, model, old_model):
     objective = 0.0
     for group in set(whole["group_ids"].tolist()):
         members = [i for i in scores if whole["group_ids"][i] == group]
-        right = [scores[i] for i in members if reward[i] > args.disco_positive_threshold]
-        wrong = [scores[i] for i in members if reward[i] <= args.disco_positive_threshold]
+        right = [scores[i] for i in members if reward[i] > args.success_threshold]
+        wrong = [scores[i] for i in members if reward[i] <= args.success_threshold]
         objective = objective + objective_by_hand(right, wrong, tau)
     objective = objective / (len(whole["row_weight"]) / args.num_generations)
     drift = torch.cat(drift).mean()
@@ -330,7 +330,6 @@ def test_evaluation(policy_path, tmp_path):
         ({"disco_delta": -1e-4}, r"`disco_delta` must be a number in \[0, inf\), got -0.0001"),
         ({"disco_beta": -1.0}, r"`disco_beta` must be a number in \[0, inf\), got -1.0"),
         ({"disco_kl": "k2"}, "`disco_kl` must be one of 'k1', 'k3', got 'k2'"),
-        ({"disco_positive_threshold": math.nan}, "`disco_positive_threshold` must be a number .*got nan"),
         ({"loss_type": "bnpo"}, "`loss_type` .*must be one of .*'dapo'.*got 'bnpo'.*disco_score='none'"),
         ({"num_generations": 8}, "`per_device_train_batch_size` must be a multiple of the 8 completions .*got 4"),
     ],

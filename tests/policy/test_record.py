@@ -20,6 +20,9 @@ def scored(**changes):
         "usable": torch.ones(4, dtype=torch.bool),
         "local": slice(2, 4),
         "sampled_rewards": torch.zeros(4, 2),
+        "raw_rewards": torch.zeros(4, 2),
+        "source": torch.full((4,), Source.POLICY),
+        "off_prompt": torch.zeros(4, dtype=torch.bool),
         "advantages": torch.tensor([1.0, -1.0, 0.5, -0.5]),
     }
     return ScoredBatch(**(fields | changes))
@@ -40,7 +43,7 @@ def output(**extra):
 
 def test_a_record_takes_its_own_rows_of_the_batch():
     record = RolloutRecord.from_generation(output(), scored())
-    assert record.advantages.tolist() == [0.5, -0.5]
+    assert record.advantages.tolist() == [0.0, 0.0]
     assert record.group_ids.tolist() == [1, 1]
     assert record.lengths.tolist() == [1, 3] and record.truncated.tolist() == [False, True]
     assert record.source.tolist() == [Source.POLICY] * 2
@@ -75,6 +78,7 @@ def test_round_trip_through_the_flat_batch():
 
 def test_rows_stay_whole_through_shuffle_and_split():
     record = RolloutRecord.from_generation(output(), scored())
+    record.advantages = torch.tensor([0.5, -0.5])
     record.statistics["x/first"] = record.completion_ids[:, 0].float()
     record.row_weight = torch.tensor([0.25, 0.75])
     torch.manual_seed(3)

@@ -1,17 +1,18 @@
 """The policy family's base: `GRPOTrainer`, opened into stages that methods override."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from datasets import Dataset
 from trl import GRPOConfig
 
 from ...configuration import MethodConfigMixin, method_config, method_field
 from ...losses.policy.groups import group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
-from .record import Generation, RolloutRecord, ScoredBatch
-from .rollout import PolicyRollout
+from .record import RolloutRecord, ScoredBatch
+from .rounds import PolicyRounds
 from .scoring import OldPass
 
 # First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
@@ -32,6 +33,7 @@ PINNED = {
     "trl.trainer.grpo_trainer.GRPOTrainer.log": "1e7772819cc8cf0980bc9f0b48d6c1c3",
     "trl.trainer.grpo_trainer.GRPOTrainer._save_checkpoint": "ec91bde1236491119dc68afed1d02f08",
     "trl.trainer.grpo_trainer.GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd7fdb07894217ecdb6dd7",
+    "transformers.trainer.Trainer._get_grad_norm": "913ba6f52f074d10a4981ffcaac608e9",
     "trl.trainer.utils.RepeatSampler": "ba139f4a43eeecd4976bc51c850039df",
     "trl.trainer.utils.add_fused_lm_head": "422d009f04b66659982f9545a90d560b",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "d4d59d01150623ce15106e71fcf519a2",
@@ -62,6 +64,11 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
         "Whether rows that add nothing to loss and gradient are left out of the update. Metrics of the update "
         "(`entropy`, `clip_ratio/*`, `kl`) then cover the rows that are computed.",
     )
+    success_threshold: float = method_field(
+        0.0,
+        "A completion counts as solved if its weighted reward is above this. For methods that tell solved prompts "
+        "from unsolved ones.",
+    )
     check_records: bool = method_field(
         False,
         "Whether to check the values of every rollout record, not only its shapes. For debugging: it waits for the "
@@ -69,7 +76,7 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
     )
 
 
-class PolicyTrainer(MethodTrainer, PolicyRollout):
+class PolicyTrainer(MethodTrainer, PolicyRounds):
     """
     [`~trl.GRPOTrainer`] whose step is a sequence of stages. By itself it trains as its parent does: to the bit with
     `fast_rollouts`, `share_prompts`, `group_batches` and `skip_zero_rows` off. With them on, as they are by default,
@@ -80,37 +87,52 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
     | stage | method to override | input → output |
     |---|---|---|
     | choose prompts | `choose_prompts` | number, round → dataset rows; right before generation |
+    | roll out | `rollout`, `logits_processors` | rows and prompts → completions |
     | score | `score` | `ScoredBatch` → rewards `(rows, sources)` |
+    | repair | `groups_to_repair`, `repair` | failing groups → rows sampled anew under other prompts |
+    | demonstrate | `demonstrate` | groups that still fail → rows replaced by demonstrations |
     | filter groups | `filter_groups` | `ScoredBatch` → which groups to keep; the others are refilled |
+    | statistics | `old_pass_needs`, `collect_statistics` | pass over the rollouts → `record.statistics` |
     | combine rewards | `combine_rewards` | rewards `(rows, sources)` → `(rows,)` |
     | baseline | `baseline` | combined rewards → what is subtracted `(rows,)` |
     | scale | `scale` | centered rewards → advantages `(rows,)` |
-    | statistics | `old_pass_needs`, `collect_statistics` | pass over the rollouts → `record.statistics` |
+    | spread | `spread` | advantages `(rows,)` → of tokens |
     | select | `select` | record → loss mask and row weights |
     | prepare objective | `prepare_objective` | selected record → batch-wide thresholds in `record.statistics` |
     | feedback | `observe_batch` | rewards, advantages → state of the next choice |
+    | trust region | `trust_region` | ratios and the range in which they are trusted |
     | objective | `objective`, `divergence` | statistics of the gradient pass → per-token loss |
     | extra terms | `extra_terms` | statistics of the gradient pass → named terms |
+    | after backward | `after_backward` | gradient so far |
+    | before update | `before_update` | whole gradient → learning rates, or no step |
 
-    Choice, filter, selection and feedback act in training only; evaluation takes every prompt as it comes.
+    Choice, repair, demonstration, filter, selection and feedback act in training only; evaluation takes every prompt
+    as it comes.
     """
 
     family = "policy"
     trl_suffix = "GRPOTrainer"
     stages = (
         "choose_prompts",
+        "rollout",
         "score",
+        "repair",
+        "demonstrate",
         "filter_groups",
+        "statistics",
         "combine_rewards",
         "baseline",
         "scale",
-        "statistics",
+        "spread",
         "select",
         "prepare_objective",
         "feedback",
+        "trust_region",
         "objective",
         "divergence",
         "extra_terms",
+        "after_backward",
+        "before_update",
     )
     config_class = PolicyConfig
     _tag_names = ["trl", "papertrl", "grpo"]
@@ -118,7 +140,7 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         args = self.make_config(args, model)
         train_dataset = trl_args[0] if trl_args else trl_kwargs.get("train_dataset")
-        self.check_columns(train_dataset)
+        self.check_columns(train_dataset, args)
         drawing = self.prompt_drawing_methods(args)
         if drawing and train_dataset is not None and not isinstance(train_dataset, Dataset):
             raise ValueError(
@@ -130,55 +152,52 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
                 f"Methods {drawing} choose or refill prompts, which `environment_factory` does not support: an "
                 "environment owns its prompts. Leave one of the two out."
             )
-        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        replacing = self.row_replacing_methods(args)
+        for option in ("environment_factory", "tools"):
+            if replacing and trl_kwargs.get(option):
+                raise ValueError(
+                    f"Methods {replacing} put rows of their own into groups, which `{option}` does not support: such "
+                    "rows have no turns with tools. Leave one of the two out."
+                )
+        self._reference_only = args.beta == 0.0 and self.needs_reference(args)
+        with self._reference_on(args):
+            super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        self.beta = args.beta
         self._set_up_scoring()
         self._set_up_batching()
-        if drawing and self._is_vlm:
-            raise ValueError(f"Methods {drawing} support text models only, got a vision-language model.")
+        if (drawing or replacing) and self._is_vlm:
+            names = [*drawing, *replacing]
+            raise ValueError(f"Methods {names} support text models only, got a vision-language model.")
 
     @classmethod
-    def prompt_drawing_methods(cls, args: Any) -> list[str]:
-        """Names of the methods that, under the config `args`, choose or refill prompts. Extend through `super()`."""
-        return []
+    def needs_reference(cls, args: Any) -> bool:
+        """
+        Whether some method needs, under the config `args`, the log-probabilities of the frozen initial policy.
+
+        They are in `record.ref_per_token_logps` then, also with `beta` 0. Extend through `super()`.
+        """
+        return False
+
+    @contextmanager
+    def _reference_on(self, holder: Any) -> Iterator[None]:
+        """Make TRL build and run its reference, which it does where `holder.beta` is not 0."""
+        if self._reference_only:
+            holder.beta = 1.0
+        try:
+            yield
+        finally:
+            if self._reference_only:
+                holder.beta = 0.0
 
     # --- Stages -------------------------------------------------------------------------------------------------
 
-    def choose_prompts(self, count: int, round: int) -> list[int] | None:
+    def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
         """
-        Stage *choose prompts*: rows of the training dataset for the next generation.
+        Stage *statistics*, second half: put per-token or per-row values of this rank into `record.statistics`.
 
-        Called on every rank right before generation, so that [`observe_batch`] of the previous batch has happened;
-        all ranks must answer alike.
-
-        Args:
-            count (`int`):
-                Number of prompts, over all ranks.
-            round (`int`):
-                0 for the batch itself, then the refill round.
-
-        Returns:
-            `list[int]` of length `count`, or `None` (round 0 only) for the data loader's own rows.
+        What the advantage stages need per row goes, gathered from all ranks, into `scored.statistics`. Advantages are
+        not known yet.
         """
-        if round == 0:
-            return None
-        order = torch.randperm(len(self.train_dataset), generator=self.keyed_generator(round))
-        return order.repeat(-(-count // len(order)))[:count].tolist()
-
-    def score(self, scored: ScoredBatch) -> torch.Tensor:
-        """Stage *score*: rewards `(rows, sources)` from what the reward functions returned, in `scored.rewards`."""
-        return scored.rewards
-
-    def filter_groups(self, scored: ScoredBatch) -> torch.Tensor | None:
-        """
-        Stage *filter groups*: which groups to keep, bool `(groups,)` in order of group id, or `None` for all.
-
-        Methods combine by conjunction: `keep & super().filter_groups(scored)` where that is not `None`.
-        """
-        return None
-
-    def refill_rounds(self) -> int:
-        """How many times filtered groups may be replaced by freshly sampled ones in one generation batch."""
-        return 0
 
     def combine_rewards(self, scored: ScoredBatch) -> torch.Tensor:
         """Stage *combine rewards*: one reward per row `(rows,)`, NaN on rows that no source scored."""
@@ -207,8 +226,12 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
             std = group_std(rewards, scored.group_ids)
         return centered / (std + 1e-4)
 
-    def collect_statistics(self, record: RolloutRecord, old_pass: OldPass) -> None:
-        """Stage *statistics*, second half: put per-token or per-row values into `record.statistics`."""
+    def spread(self, record: RolloutRecord, scored: ScoredBatch) -> None:
+        """
+        Stage *spread*: change `record.advantages`, from `(batch,)` to `(batch, time)` where tokens differ, in place.
+
+        Values on padding have no effect. Where rows change as a whole, change `scored.advantages` with them.
+        """
 
     def select(self, record: RolloutRecord, scored: ScoredBatch) -> None:
         """
@@ -223,7 +246,28 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         """Stage *feedback*: update state from a finished batch; from values that are the same on every rank."""
 
+    def after_backward(self) -> None:
+        """Stage *after backward*: the gradient of one more micro-batch of this rank has been added."""
+
+    def before_update(self, grad_norm: torch.Tensor) -> None:
+        """
+        Stage *before update*: the gradient is complete and clipped; learning rates and gradients may be changed.
+
+        The scheduler sets learning rates anew after the step. Parameters whose `grad` is `None` are left alone by the
+        optimizer, its state included.
+
+        Args:
+            grad_norm (`torch.Tensor` or `float`):
+                Norm before clipping.
+        """
+
     # --- Services for stages ------------------------------------------------------------------------------------
+
+    def solved(self, scored: ScoredBatch) -> torch.Tensor:
+        """Rows `(rows,)` whose weighted reward, after the stage *score*, is above `success_threshold`."""
+        return (
+            weighted_sum(scored.rewards, self.reward_weights.to(scored.rewards.device)) > self.args.success_threshold
+        )
 
     def keyed_generator(self, *key: int) -> torch.Generator:
         """CPU generator for this generation batch and `key`: the same on every rank and after a resume."""
@@ -260,20 +304,23 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
         needs = self.old_pass_needs()
         self._old_pass = None
         self._capture_old_pass = bool(needs) and self._trl_makes_old_pass()
-        output = super()._generate_and_score_completions(self._inputs)
+        with self._reference_on(self):
+            output = super()._generate_and_score_completions(self._inputs)
         self._capture_old_pass = False
 
         scored = self._scored
+        record = RolloutRecord.from_generation(output, scored)
+        self._account_for_sampled_prompts(record)
+        if needs:
+            self.collect_statistics(record, scored, self._old_pass or self._make_old_pass(record))
         rewards = self.combine_rewards(scored)
         centered = rewards - self.baseline(scored, rewards)
         advantages = torch.nan_to_num(self.scale(scored, rewards, centered), nan=0.0)
         scored.advantages = advantages * scored.usable
         scored.validate()
         self._log_advantages(scored.advantages)
-
-        record = RolloutRecord.from_generation(output, scored)
-        if needs:
-            self.collect_statistics(record, self._old_pass or self._make_old_pass(record))
+        record.advantages = scored.advantages[scored.local].clone()
+        self.spread(record, scored)
         if train:
             self.select(record, scored)
         record.validate()
@@ -284,99 +331,20 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
             self.observe_batch(scored, record)
         return record.as_batch()
 
-    def _generate(self, prompts):
-        """Between TRL's preparation of prompts and its use of completions: generate, score, filter and refill."""
-        generation = Generation.from_trl(self._inputs, prompts, super()._generate(prompts))
-        scored = self._score(generation, self._prompt_indices)
-        if self.model.training:
-            keep = self.filter_groups(scored)
-            if keep is not None:
-                generation, scored = self._refill(generation, scored, keep)
-                # TRL goes on to log and score under the lists it passed, which must name the rows that remain
-                self._inputs[:], prompts[:] = generation.inputs, generation.prompts
-        self._pending_extra_logs.update(generation.log_extra)
-        self._scored = scored
-        return generation.as_trl()
+    # --- Updates ------------------------------------------------------------------------------------------------
 
-    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        return self._scored.rewards
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.after_backward()
+        return loss
 
-    def _score(self, generation: Generation, indices: list[int] | None) -> ScoredBatch:
-        rewards = super()._calculate_rewards(
-            generation.inputs, generation.prompts, generation.completions, generation.completion_ids
-        )
-        generation.log_extra = dict(self._pending_extra_logs)
-        self._pending_extra_logs.clear()
-        device, local_rows = rewards.device, len(generation.prompts)
-        ends = [*self.eos_token_ids, self._tokenizer.pad_token_id]
-        facts = torch.tensor(
-            [[len(ids), ids[-1] not in ends] for ids in generation.completion_ids], dtype=torch.int64, device=device
-        )
-        facts = self.accelerator.gather(facts)
-        group_ids = torch.arange(rewards.shape[0], device=device) // self._group_size
-        prompt_indices = torch.full_like(group_ids, -1)
-        if indices is not None:
-            prompt_indices = torch.tensor(indices, device=device).repeat_interleave(self._group_size)
-        first = self.accelerator.process_index * local_rows
-        scored = ScoredBatch(
-            rewards=rewards,
-            source_names=self.reward_func_names,
-            group_ids=group_ids,
-            prompt_indices=prompt_indices,
-            lengths=facts[:, 0],
-            truncated=facts[:, 1].bool(),
-            usable=torch.ones_like(group_ids, dtype=torch.bool),
-            local=slice(first, first + local_rows),
-            sampled_rewards=rewards,
-        )
-        scored.rewards = self.score(scored)
-        scored.validate()
-        return scored
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called once per update, between clipping and the optimizer's step
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.before_update(grad_norm)
+        return grad_norm
 
-    def _refill(self, generation: Generation, scored: ScoredBatch, keep: torch.Tensor):
-        """
-        Replace filtered groups by fresh ones until the batch is full or the rounds are used up.
-
-        Groups keep their order; places that stay empty take filtered groups back, marked as not usable.
-        """
-        size, world = self._group_size, self.accelerator.num_processes
-        total = scored.rewards.shape[0] // size
-        kept, spare = _Pool(), _Pool()
-        sampled_rewards = scored.sampled_rewards
-        round, wanted = 0, total
-        while True:
-            rows = gather_object(generation.rows())
-            for group in range(wanted):
-                (kept if keep[group] else spare).add(rows, scored, group, size)
-            round += 1
-            if len(kept) >= total or round > self.refill_rounds():
-                break
-            indices = self.choose_prompts(total - len(kept), round)
-            wanted = len(indices)
-            # Ranks generate equally many rows. What only fills them up is dropped, so that the result is the same
-            # however many ranks there are
-            while len(indices) * size % world:
-                indices = [*indices, indices[0]]
-            inputs = self._dataset_rows(indices)
-            prompts = [row["prompt"] for row in inputs]
-            generation = Generation.from_trl(inputs, prompts, super()._generate(prompts))
-            scored = self._score(generation, indices)
-            keep = self.filter_groups(scored)
-        missing = max(0, total - len(kept))
-        self.log_metric("groups/refill_rounds", float(round - 1))
-        self.log_metric("groups/unfilled_fraction", missing / total)
-        scored.sampled_rewards = sampled_rewards
-        return kept.assemble(spare, total, size, self.accelerator.process_index, world, scored)
-
-    def _dataset_rows(self, indices: list[int]) -> list[dict[str, Any]]:
-        """This rank's part of the dataset rows `indices`, each repeated for its group."""
-        dataset = self.train_dataset
-        if self.args.remove_unused_columns:
-            dataset = self._remove_unused_columns(dataset, description="training")
-        repeated = [index for index in indices for _ in range(self._group_size)]
-        local = len(repeated) // self.accelerator.num_processes
-        first = self.accelerator.process_index * local
-        return [dataset[index] for index in repeated[first : first + local]]
+    # --- Accounts -----------------------------------------------------------------------------------------------
 
     def _count(self, record: RolloutRecord) -> None:
         live = record.row_weight > 0
@@ -413,38 +381,3 @@ class PolicyTrainer(MethodTrainer, PolicyRollout):
     def _get_train_sampler(self, dataset=None):
         self._train_sampler = super()._get_train_sampler(dataset)
         return self._train_sampler
-
-
-class _Pool:
-    """Whole groups of rows, with what was scored of them."""
-
-    NAMES = ("rewards", "prompt_indices", "lengths", "truncated")
-
-    def __init__(self):
-        self.rows: list[list[dict[str, Any]]] = []
-        self.scores: list[dict[str, torch.Tensor]] = []
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def add(self, rows: list[dict[str, Any]], scored: ScoredBatch, group: int, size: int) -> None:
-        part = slice(group * size, (group + 1) * size)
-        self.rows.append(rows[part])
-        self.scores.append({name: getattr(scored, name)[part] for name in self.NAMES})
-
-    def assemble(self, spare: "_Pool", total: int, size: int, rank: int, world: int, like: ScoredBatch):
-        """The first `total` groups, filled up from `spare`, as this rank's generation and the scored batch."""
-        filled = min(len(self), total)
-        rows = [row for group in (self.rows[:filled] + spare.rows)[:total] for row in group]
-        scores = (self.scores[:filled] + spare.scores)[:total]
-        device, local = like.rewards.device, total * size // world
-        group_ids = torch.arange(total * size, device=device) // size
-        scored = ScoredBatch(
-            source_names=like.source_names,
-            group_ids=group_ids,
-            usable=group_ids < filled,
-            local=slice(rank * local, (rank + 1) * local),
-            sampled_rewards=like.sampled_rewards,
-            **{name: torch.cat([score[name] for score in scores]) for name in self.NAMES},
-        )
-        return Generation.from_rows(rows[scored.local]), scored

@@ -115,8 +115,8 @@ class D3sGRPOTrainer(PolicyTrainer):
         needs = super().old_pass_needs()
         return needs if self.args.d3s_token_ratio_start == 1.0 else needs | {"entropy"}
 
-    def collect_statistics(self, record: RolloutRecord, old_pass: OldPass) -> None:
-        super().collect_statistics(record, old_pass)
+    def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
+        super().collect_statistics(record, scored, old_pass)
         if old_pass.entropies is not None:
             record.statistics["d3s/entropies"] = old_pass.entropies.detach()
 

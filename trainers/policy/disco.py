@@ -30,7 +30,8 @@ class DiscoGRPOConfig(PolicyConfig):
     Configuration of [`DiscoGRPOTrainer`].
 
     The paper samples 8 completions for each of 128 prompts at temperature 0.6 and makes 4 updates of them
-    (`steps_per_generation`); with one update a batch, π is π_old and the constraint never acts.
+    (`steps_per_generation`); with one update a batch, π is π_old and the constraint never acts. An answer is right if
+    its combined reward is above `success_threshold`.
     """
 
     disco_score: str = method_field(
@@ -51,9 +52,6 @@ class DiscoGRPOConfig(PolicyConfig):
     disco_delta: float = method_field(1e-4, "δ, allowed divergence from the sampling policy, in nats per token.", ge=0)
     disco_beta: float = method_field(1e3, "β, weight of the penalty beyond δ.", ge=0)
     disco_kl: str = method_field("k1", "Estimate of the divergence.", choices=("k1", "k3"))
-    disco_positive_threshold: float = method_field(
-        0.5, "Answers with a larger combined reward are right, all others wrong.", gt=-float("inf")
-    )
 
     def validate(self):
         super().validate()
@@ -100,9 +98,9 @@ class DiscoGRPOTrainer(PolicyTrainer):
     normalizers whatever it is. TRL's `clip_ratio/*` are logged although nothing is clipped.
 
     Relations:
-        GRPO without its standard deviation and clip has other weights per question still. Methods that change the
-        loss of single tokens, such as Lp-Reg, have nothing to act on here and are refused. DLER's filter keeps the
-        very questions that have answers of both kinds; set `advantage_whitening="none"`.
+        Lp-Reg's penalty adds to DisCO as to GRPO; ratios it would trust are trusted here anyway. Methods that replace
+        the loss of single tokens or give them advantages of their own are refused. DLER's filter keeps the very
+        questions that have answers of both kinds; set `advantage_whitening="none"`.
 
     Paper: [DisCO: Reinforcing Large Reasoning Models with Discriminative Constrained
     Optimization](https://huggingface.co/papers/2505.12366).
@@ -120,7 +118,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
         name="disco",
         summary="Tells right from wrong answers by unclipped scores, hard negatives first, in a trust region",
         extends=("prepare_objective",),
-        replaces={"scale": {"disco_score": "none"}, "objective": {"disco_score": "none"}},
+        replaces={stage: {"disco_score": "none"} for stage in ("scale", "trust_region", "objective")},
         neutral={"disco_score": "none"},
         signal="disco/mixed_questions",
     )
@@ -163,7 +161,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
         if self.args.disco_score == "none":
             return super().scale(scored, rewards, centered)
         usable = rewards.masked_fill(~scored.usable, torch.nan)
-        labels = answer_labels(usable, scored.group_ids, self.args.disco_positive_threshold)
+        labels = answer_labels(usable, scored.group_ids, self.args.success_threshold)
         self.log_metric("disco/mixed_questions", (labels != 0).float().mean())
         return labels
 

@@ -142,8 +142,8 @@ class GainRlGRPOTrainer(PolicyTrainer):
         needs = super().old_pass_needs()
         return needs if self.args.gain_sigma is None else needs | {"mlp_inputs"}
 
-    def collect_statistics(self, record: RolloutRecord, old_pass: OldPass) -> None:
-        super().collect_statistics(record, old_pass)
+    def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
+        super().collect_statistics(record, scored, old_pass)
         if self.args.gain_sigma is not None:
             mask = torch.cat([record.prompt_mask, record.completion_mask], dim=1)
             record.statistics["gain_rl/concentration"] = mean_pairwise_cosine(old_pass.mlp_inputs, mask)

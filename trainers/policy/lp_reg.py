@@ -16,7 +16,7 @@ from ..statistics import lm_head
 from ..terms import LossTerm
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
-from .record import RolloutRecord
+from .record import RolloutRecord, ScoredBatch
 from .scoring import OldPass
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
@@ -110,7 +110,7 @@ class LpRegGRPOTrainer(PolicyTrainer):
     method = Method(
         name="lp_reg",
         summary="Protects low-probability tokens that are not noise from being punished away",
-        extends=("statistics", "prepare_objective", "objective", "extra_terms"),
+        extends=("statistics", "prepare_objective", "trust_region", "extra_terms"),
         neutral={"lp_reg_beta": 0.0},
         signal="lp_reg/regularized_tokens",
     )
@@ -128,8 +128,8 @@ class LpRegGRPOTrainer(PolicyTrainer):
         needs = super().old_pass_needs()
         return needs | {"logps", "hidden_states"} if self.args.lp_reg_beta > 0 else needs
 
-    def collect_statistics(self, record: RolloutRecord, old_pass: OldPass) -> None:
-        super().collect_statistics(record, old_pass)
+    def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
+        super().collect_statistics(record, scored, old_pass)
         if self.args.lp_reg_beta == 0:
             return
         mask = record.completion_mask.bool()
@@ -166,11 +166,10 @@ class LpRegGRPOTrainer(PolicyTrainer):
         record.statistics["lp_reg/log_delta"] = log_delta.expand(record.row_weight.shape[0]).clone()
         self.log_metric("lp_reg/delta", log_delta.exp())
 
-    def objective(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
-        loss = super().objective(stats, record)
-        if self.args.lp_reg_beta == 0:
-            return loss
-        return torch.where(self._protected(stats, record), -stats.ratio * column(record.advantages), loss)
+    def trust_region(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
+        super().trust_region(stats, record)
+        if self.args.lp_reg_beta > 0:
+            stats.unclip(self._protected(stats, record))
 
     def extra_terms(self, stats: PolicyStatistics, record: RolloutRecord) -> list[LossTerm]:
         terms = super().extra_terms(stats, record)

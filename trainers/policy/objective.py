@@ -35,6 +35,8 @@ class PolicyStatistics:
             logπ − logπ_old, with gradient.
         ratio (`torch.Tensor` of shape `(batch, time)` or `(batch, 1)`):
             Importance weights at the configured level, with gradient.
+        epsilon_low, epsilon_high, delta (`float`, or `torch.Tensor` that broadcasts against `ratio`):
+            Range within which the ratio is trusted: the configured one, until a method changes it for some tokens.
         old_logps (`torch.Tensor` of shape `(batch, time)`):
             logπ_old, without gradient.
         entropy_mask (`torch.Tensor` of shape `(batch, time)`, *optional*):
@@ -47,13 +49,31 @@ class PolicyStatistics:
     entropies: torch.Tensor
     log_ratio: torch.Tensor
     ratio: torch.Tensor
+    epsilon_low: float | torch.Tensor
+    epsilon_high: float | torch.Tensor
+    delta: float | torch.Tensor | None
     old_logps: torch.Tensor
     entropy_mask: torch.Tensor | None
     aux_loss: torch.Tensor | None
 
+    def unclip(self, where: torch.Tensor) -> None:
+        """Trust every ratio at the positions of the bool mask `where`, `(batch, time)` or `(batch, 1)`."""
+        self.epsilon_low = torch.where(where, torch.inf, self.epsilon_low)
+        self.epsilon_high = torch.where(where, torch.inf, self.epsilon_high)
+        if self.delta is not None:
+            self.delta = torch.where(where, torch.inf, self.delta)
+
 
 class PolicyObjective(GRPOTrainer):
     """Stages of the loss. See [`~papertrl.PolicyTrainer`] for how they fit into a step."""
+
+    def trust_region(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
+        """
+        Stage *trust region*: change `stats.ratio` and the range in which it is trusted, in place.
+
+        Ranges become tensors where tokens differ, both `epsilon_low` and `epsilon_high` at a time. What was made
+        infinite by another method stays so.
+        """
 
     def objective(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
         """
@@ -70,9 +90,9 @@ class PolicyObjective(GRPOTrainer):
         """
         advantages = column(record.advantages)
         if self.loss_type in CLIPPED:
-            loss = clipped_surrogate(stats.ratio, advantages, self.epsilon_low, self.epsilon_high, self.args.delta)
+            loss = clipped_surrogate(stats.ratio, advantages, stats.epsilon_low, stats.epsilon_high, stats.delta)
         elif self.loss_type == "cispo":
-            loss = cispo_surrogate(stats.ratio, advantages, stats.logps, self.epsilon_high)
+            loss = cispo_surrogate(stats.ratio, advantages, stats.logps, stats.epsilon_high)
         elif self.loss_type == "sapo":
             loss = sapo_surrogate(
                 stats.ratio, advantages, self.args.sapo_temperature_pos, self.args.sapo_temperature_neg
@@ -98,6 +118,7 @@ class PolicyObjective(GRPOTrainer):
     def _compute_loss(self, model, inputs):
         record = RolloutRecord.from_batch(inputs)
         stats = self._policy_statistics(model, record)
+        self.trust_region(stats, record)
         per_token_loss = self.objective(stats, record)
         if self.off_policy_mask_threshold is not None:
             per_token_loss = per_token_loss * self._off_policy_mask(stats, record)
@@ -129,7 +150,18 @@ class PolicyObjective(GRPOTrainer):
         # Tokens outside the loss may not have been scored
         log_ratio = (logps - old_logps) * record.loss_mask
         ratio = torch.exp(log_importance_weights(log_ratio, record.loss_mask, self.importance_sampling_level))
-        return PolicyStatistics(logps, entropies, log_ratio, ratio, old_logps, entropy_mask, aux_loss)
+        return PolicyStatistics(
+            logps,
+            entropies,
+            log_ratio,
+            ratio,
+            self.epsilon_low,
+            self.epsilon_high,
+            self.args.delta,
+            old_logps,
+            entropy_mask,
+            aux_loss,
+        )
 
     def _vespo_weights(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
         return self.get_gamma_weights(
@@ -233,15 +265,15 @@ class PolicyObjective(GRPOTrainer):
 
         log_token_mean("entropy", stats.entropies)
         if self.loss_type in CLIPPED:
-            ratio = stats.ratio if self.args.delta is None else torch.clamp(stats.ratio, max=self.args.delta)
-            low = ((ratio < 1 - self.epsilon_low) & (advantages < 0)).float()
-            high = ((ratio > 1 + self.epsilon_high) & (advantages > 0)).float()
+            ratio = stats.ratio if stats.delta is None else torch.clamp(stats.ratio, max=stats.delta)
+            low = ((ratio < 1 - stats.epsilon_low) & (advantages < 0)).float()
+            high = ((ratio > 1 + stats.epsilon_high) & (advantages > 0)).float()
             for name, clipped in (("low", low), ("high", high), ("region", torch.maximum(low, high))):
                 log_token_mean(f"clip_ratio/{name}_mean", clipped)
             self.log_metric("clip_ratio/low_min", extreme(nanmin, low))
             self.log_metric("clip_ratio/high_max", extreme(nanmax, high))
         elif self.loss_type == "cispo":
-            log_token_mean("cispo_clip_ratio", ((stats.ratio > self.epsilon_high) & (advantages > 0)).float())
+            log_token_mean("cispo_clip_ratio", ((stats.ratio > stats.epsilon_high) & (advantages > 0)).float())
         elif self.loss_type == "vespo":
             log_token_mean("vespo/phi_seq_mean", self._vespo_weights(stats, record))
 

@@ -25,6 +25,9 @@ class Source(IntEnum):
     """Where a row's completion comes from."""
 
     POLICY = 0
+    HINTED = 1
+    DEMONSTRATION = 2
+    REPLAY = 3
 
 
 @dataclass
@@ -33,7 +36,9 @@ class Generation:
     Completions of this rank before they become tensors: one entry per row in every list.
 
     Fields are those that TRL's `_generate` returns, next to the dataset rows (`inputs`) and the prompts they belong
-    to. `log_extra` holds the columns that reward functions logged for these rows.
+    to. `log_extra` holds the columns that reward functions logged for these rows. `sampled_prompt_ids` are the prompts
+    that rows were sampled under, where for some row that is not the one of `prompt_ids`. `source` is each row's
+    [`Source`], for rollouts that know better than that all come from the policy.
     """
 
     inputs: list[dict[str, Any]]
@@ -47,6 +52,8 @@ class Generation:
     images: list[Any] | None
     tool_images: list[Any]
     log_extra: dict[str, list[Any]] = field(default_factory=dict)
+    sampled_prompt_ids: list[list[int]] | None = None
+    source: list[int] | None = None
 
     @classmethod
     def from_trl(cls, inputs: list[dict[str, Any]], prompts: list[Any], generated: tuple) -> "Generation":
@@ -76,7 +83,8 @@ class Generation:
     def rows(self) -> list[dict[str, Any]]:
         """One dictionary per row, for moving rows between places and ranks."""
         lists = {f.name: getattr(self, f.name) for f in fields(self) if isinstance(getattr(self, f.name), list)}
-        lists = {name: values for name, values in lists.items() if values}
+        # The source is part of the scored batch
+        lists = {name: values for name, values in lists.items() if values and name != "source"}
         return [
             {name: values[i] for name, values in lists.items()}
             | {"log_extra": {name: values[i] for name, values in self.log_extra.items()}}
@@ -91,6 +99,9 @@ class Generation:
             return [row[name] for row in rows] if name in rows[0] else None
 
         names = dict.fromkeys(name for row in rows for name in row["log_extra"])
+        sampled = None
+        if any("sampled_prompt_ids" in row for row in rows):
+            sampled = [row.get("sampled_prompt_ids", row["prompt_ids"]) for row in rows]
         return cls(
             **{name: column(name) for name in ("inputs", "prompts", "prompt_ids", "completion_ids", "completions")},
             tool_mask=column("tool_mask"),
@@ -99,6 +110,7 @@ class Generation:
             images=None,
             tool_images=[],
             log_extra={name: [row["log_extra"].get(name) for row in rows] for name in names},
+            sampled_prompt_ids=sampled,
         )
 
 
@@ -110,6 +122,8 @@ class ScoredBatch:
     Args:
         rewards (`torch.Tensor` of shape `(rows, sources)`, float32):
             Unsummed rewards; NaN where a source does not apply to a row.
+        raw_rewards (`torch.Tensor` of shape `(rows, sources)`, float32):
+            What the reward functions returned for these rows, before the score stage.
         source_names (`list[str]`):
             Names of the reward functions, in column order.
         group_ids (`torch.Tensor` of shape `(rows,)`, int64):
@@ -120,6 +134,10 @@ class ScoredBatch:
             Tokens of the completion, the end token included.
         truncated (`torch.Tensor` of shape `(rows,)`, bool):
             Whether the completion ended without an end token.
+        source (`torch.Tensor` of shape `(rows,)`, int64):
+            [`Source`] of the completion.
+        off_prompt (`torch.Tensor` of shape `(rows,)`, bool):
+            Whether the completion was sampled under another prompt than the one it is scored under.
         usable (`torch.Tensor` of shape `(rows,)`, bool):
             False on rows that fill a place after every refill failed: their advantage is 0.
         local (`slice`):
@@ -127,6 +145,8 @@ class ScoredBatch:
         sampled_rewards (`torch.Tensor` of shape `(sampled, sources)`, float32):
             What the reward functions returned for the prompts as they were chosen: before the score stage, and before
             groups were filtered and refilled. Feedback on the choice of prompts reads these.
+        statistics (`dict[str, torch.Tensor]`):
+            What methods computed per row in `collect_statistics`, gathered: `(rows,)` each.
         advantages (`torch.Tensor` of shape `(rows,)`, float32, *optional*):
             Set after the advantage stages.
     """
@@ -140,7 +160,19 @@ class ScoredBatch:
     usable: torch.Tensor
     local: slice
     sampled_rewards: torch.Tensor
+    raw_rewards: torch.Tensor
+    source: torch.Tensor
+    off_prompt: torch.Tensor
+    statistics: dict[str, torch.Tensor] = field(default_factory=dict)
     advantages: torch.Tensor | None = None
+
+    def first(self, count: int) -> "ScoredBatch":
+        """The first `count` rows, of which this rank holds none."""
+        kept = {
+            f.name: value[:count] if isinstance(value := getattr(self, f.name), torch.Tensor) else value
+            for f in fields(self)
+        }
+        return ScoredBatch(**kept | {"local": slice(0, 0)})
 
     def validate(self) -> None:
         """
@@ -150,9 +182,12 @@ class ScoredBatch:
             `ValueError`: naming the field, its shape or dtype, and what is expected.
         """
         rows = self.rewards.shape[0]
-        for name in ("group_ids", "prompt_indices", "lengths", "truncated", "usable"):
+        for name in ("group_ids", "prompt_indices", "lengths", "truncated", "usable", "source", "off_prompt"):
             _expect(name, getattr(self, name), (rows,))
-        _expect("rewards", self.rewards, (rows, len(self.source_names)))
+        for name in ("rewards", "raw_rewards"):
+            _expect(name, getattr(self, name), (rows, len(self.source_names)))
+        for name, value in self.statistics.items():
+            _expect(f"statistics['{name}']", value, (rows,))
         if self.advantages is not None:
             _expect("advantages", self.advantages, (rows,))
 
@@ -219,19 +254,19 @@ class RolloutRecord:
 
     @classmethod
     def from_generation(cls, output: dict[str, Any], scored: ScoredBatch) -> "RolloutRecord":
-        """From what TRL's `_generate_and_score_completions` returned and the scored batch it belongs to."""
+        """From what TRL's `_generate_and_score_completions` returned and its scored batch; advantages are still 0."""
         local = scored.local
         completion_mask = output["completion_mask"]
         rows = completion_mask.shape[0]
         names = {f.name for f in fields(cls)} & output.keys()
         return cls(
             **{name: output[name] for name in names - {"advantages"}},
-            advantages=scored.advantages[local],
+            advantages=torch.zeros(rows, device=completion_mask.device),
             loss_mask=completion_mask * output["tool_mask"] if "tool_mask" in output else completion_mask.clone(),
             row_weight=torch.ones(rows, device=completion_mask.device),
             rewards=scored.rewards[local],
             group_ids=scored.group_ids[local],
-            source=torch.full((rows,), Source.POLICY, device=completion_mask.device),
+            source=scored.source[local],
             lengths=scored.lengths[local],
             truncated=scored.truncated[local],
             num_rows_in_batch=torch.tensor(float(scored.rewards.shape[0]), device=completion_mask.device),

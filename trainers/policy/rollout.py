@@ -4,6 +4,7 @@ from itertools import groupby
 
 import torch
 from accelerate.logging import get_logger
+from transformers import LogitsProcessorList
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
@@ -15,6 +16,14 @@ logger = get_logger(__name__)
 
 class PolicyRollout(PolicyBatching):
     """Completions by [`~papertrl.samplers.tokens.rollout.sample_rollouts`] where it stands in for `generate`."""
+
+    def logits_processors(self) -> LogitsProcessorList:
+        """
+        Stage *roll out*: what changes the next-token logits of completions before temperature and filters.
+
+        Each treats a row by its tokens and logits alone. Append to `super().logits_processors()`.
+        """
+        return LogitsProcessorList()
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if not self.args.fast_rollouts or self.use_vllm or self.use_transformers_continuous_batching:
@@ -44,6 +53,7 @@ class PolicyRollout(PolicyBatching):
                     [ids for ids, _ in groups],
                     [count for _, count in groups],
                     self.generation_config,
+                    processors=self.logits_processors(),
                     tokenizer=self._tokenizer,
                 )
                 return rollouts.completion_ids, rollouts.logprobs

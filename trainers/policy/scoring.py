@@ -4,11 +4,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from trl.trainer.utils import pad
 
 from ..shared_prefix import SharesPrompts, shared_inputs
 from ..statistics import Pass, backbone, last_mlp, observe
 from .objective import PolicyObjective
-from .record import MULTIMODAL_KEYS, RolloutRecord
+from .record import MULTIMODAL_KEYS, Generation, RolloutRecord
 
 
 @dataclass
@@ -45,14 +46,21 @@ class PolicyScoring(SharesPrompts, PolicyObjective):
 
     def _set_up_scoring(self) -> None:
         self._capture_old_pass = False
+        self._swap_prompts = False
+        self._sampled_prompts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._old_pass: OldPass | None = None
         self._set_up_sharing(self.temperature, self.args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
 
     def _get_per_token_logps_and_entropies(
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
-        # While a capture is due, the first pass is the one over the rollouts: TRL makes it before any other
+        # While a capture or a swap is due, the first pass is the one over the rollouts: TRL makes it before any other
         capture, self._capture_old_pass = self._capture_old_pass, False
+        if self._swap_prompts:
+            self._swap_prompts = False
+            ids, mask = self._sampled_prompts
+            input_ids = torch.cat([ids, input_ids[:, -logits_to_keep:]], dim=1)
+            attention_mask = torch.cat([mask, attention_mask[:, -logits_to_keep:]], dim=1)
         needs = self.old_pass_needs() if capture else frozenset()
         compute_entropy = compute_entropy or "entropy" in needs
         plain = kwargs.get("compute_aux_loss") or any(kwargs.get(key) is not None for key in MULTIMODAL_KEYS)
@@ -116,11 +124,15 @@ class PolicyScoring(SharesPrompts, PolicyObjective):
             self.use_vllm and self.vllm_importance_sampling_correction
         )
 
-    @torch.no_grad()
     def _make_old_pass(self, record: RolloutRecord) -> OldPass:
-        train = self.model.training
         self._capture_old_pass = True
-        self._get_per_token_logps_and_entropies(
+        self._rollout_logps(record)
+        return self._old_pass
+
+    @torch.no_grad()
+    def _rollout_logps(self, record: RolloutRecord) -> torch.Tensor:
+        train = self.model.training
+        logps, _, _ = self._get_per_token_logps_and_entropies(
             self.model,
             torch.cat([record.prompt_ids, record.completion_ids], dim=1),
             torch.cat([record.prompt_mask, record.completion_mask], dim=1),
@@ -128,7 +140,34 @@ class PolicyScoring(SharesPrompts, PolicyObjective):
             batch_size=self.args.per_device_train_batch_size if train else self.args.per_device_eval_batch_size,
             **record.multimodal,
         )
-        return self._old_pass
+        return logps
+
+    def _set_sampled_prompts(self, generation: Generation) -> None:
+        """
+        Where rows were sampled under other prompts than they are scored under, see to it that the old
+        log-probabilities, and with them TRL's correction for vLLM, are those of sampling.
+        """
+        self._sampled_prompts = None
+        if not bool(self._scored.off_prompt.any()):
+            return
+        ids = [torch.tensor(row) for row in generation.sampled_prompt_ids or generation.prompt_ids]
+        self._sampled_prompts = tuple(
+            pad(rows, padding_value=value, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of).to(
+                self.accelerator.device
+            )
+            for rows, value in ((ids, self._tokenizer.pad_token_id), ([torch.ones_like(row) for row in ids], 0))
+        )
+        self._swap_prompts = self._trl_makes_old_pass()
+        # Statistics are of the distribution that is trained
+        self._capture_old_pass = False
+
+    def _account_for_sampled_prompts(self, record: RolloutRecord) -> None:
+        if self._sampled_prompts is None:
+            return
+        record.sampled_prompt_ids, record.sampled_prompt_mask = self._sampled_prompts
+        if record.old_per_token_logps is None:
+            self._swap_prompts = True
+            record.old_per_token_logps = self._rollout_logps(record)
 
 
 def rollout_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict:

@@ -84,7 +84,7 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         args = self.make_config(args, model)
-        self.check_columns(trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset"))
+        self.check_columns(trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset"), args)
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
         fields = ("log_probs", "entropy", "mean_logits", "is_top1")
         self._set_up_sharing(1.0, False, (*fields, "log_sum_sq_probs") if self.use_weighting else fields)

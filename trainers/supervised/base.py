@@ -85,7 +85,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
     def __init__(self, model: Any, args: Any = None, *trl_args: Any, **trl_kwargs: Any):
         args = self.make_config(args, model)
         call = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *trl_args, **trl_kwargs)
-        self.check_columns(call.arguments.get("train_dataset"))
+        self.check_columns(call.arguments.get("train_dataset"), args)
         super().__init__(model, args, *trl_args, **trl_kwargs)
         self.ref_model = None
         if self.needs_stages():
