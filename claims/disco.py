@@ -5,7 +5,7 @@ from statistics import fmean
 from ..evidence import Arm, Claim, Comparison, Metric, Probe, mean, sampled_accuracy, sampled_entropy
 
 ACCURACY = Metric("sampled_accuracy")
-RATES = {"learning_rate": (5e-4, 1e-3)}
+RATES = {"learning_rate": (2e-4, 5e-4)}
 
 
 def hard_accuracy(probe: Probe) -> dict[str, float]:
@@ -26,7 +26,7 @@ CLAIM = Claim(
     task="addition",
     task_kwargs={"digits": 3, "min_digits": 1},
     settings={
-        "per_device_train_batch_size": 64,
+        "per_device_train_batch_size": 128,
         "gradient_accumulation_steps": 1,
         "steps_per_generation": 4,
         "num_generations": 8,

@@ -7,7 +7,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papertrl import D3sGRPOTrainer, DiscoGRPOConfig, DiscoGRPOTrainer, DlerGRPOTrainer, LpRegGRPOTrainer, compose
+from papertrl import (
+    D3sGRPOTrainer,
+    DiscoGRPOConfig,
+    DiscoGRPOTrainer,
+    DlerGRPOTrainer,
+    LpRegGRPOTrainer,
+    PolicyTrainer,
+    compose,
+)
 from papertrl.losses.policy.disco import (
     answer_labels,
     answer_shares,
@@ -18,6 +26,7 @@ from papertrl.losses.policy.disco import (
     mean_over_tokens,
     sampling_divergence,
 )
+from papertrl.trainers.method import Method
 
 from ..suite import dataset, settings
 from .runs import checksum, distributions, gradients, make, metric, run, sampled
@@ -362,12 +371,36 @@ def test_groups_that_would_be_split_are_refused(values, message, policy_path, tm
     assert all(math.isfinite(loss) for loss in metric(trainer, "loss"))
 
 
+class TokenLossTrainer(PolicyTrainer):
+    """Stands for any method that replaces the loss of some tokens."""
+
+    method = Method("token_loss", "", extends=("objective",), neutral={"epsilon": 0.2})
+    _name = "Token loss"
+    _paper = {"title": "", "id": "", "citation": ""}
+
+
 def test_methods_on_single_tokens_are_refused(policy_path, tmp_path):
-    trainer_class = compose(LpRegGRPOTrainer, DiscoGRPOTrainer)
-    with pytest.raises(ValueError, match=r"'disco' and 'lp_reg' do not combine.*stage 'objective'.*lp_reg_beta=0.0"):
-        make(trainer_class, policy_path, tmp_path)
-    run(trainer_class, policy_path, tmp_path, lp_reg_beta=0.0, max_steps=1)
-    run(trainer_class, policy_path, tmp_path, disco_score="none", max_steps=1)
+    trainer_class = compose(TokenLossTrainer, DiscoGRPOTrainer)
+    with pytest.raises(ValueError, match=r"'disco' and 'token_loss' do not combine.*stage 'objective'.*epsilon=0.2"):
+        make(trainer_class, policy_path, tmp_path, epsilon=0.1)
+    run(trainer_class, policy_path, tmp_path, epsilon=0.2, max_steps=1)
+    run(trainer_class, policy_path, tmp_path, epsilon=0.1, disco_score="none", max_steps=1)
+
+
+def test_lp_regs_penalty_is_added_in_either_order(policy_path, tmp_path):
+    options = BATCH | {"lp_reg_kappa": 0.08, "lp_reg_rho": 0.8, "learning_rate": 1e-2, "temperature": 0.9}
+    results = []
+    for beta, classes in (
+        (0.0, [DiscoGRPOTrainer, LpRegGRPOTrainer]),
+        (1.0, [DiscoGRPOTrainer, LpRegGRPOTrainer]),
+        (1.0, [LpRegGRPOTrainer, DiscoGRPOTrainer]),
+    ):
+        output = tmp_path / f"{len(results)}"
+        trainer = run(compose(*classes), policy_path, output, **(options | {"lp_reg_beta": beta}))
+        results.append((metric(trainer, "loss"), trainer))
+    (without, _), (one, trainer), (other, _) = results
+    assert one == other and one != without
+    assert max(metric(trainer, "lp_reg/regularized_tokens")) > 0
 
 
 def test_dlers_filter_brings_questions_of_both_kinds(policy_path, tmp_path):
