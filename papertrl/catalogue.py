@@ -14,6 +14,7 @@ METHODS: dict[str, str] = {
     "constrained_rlhf": "policy",
     "dynamic_reward_weighting": "policy",
     "oblr_po": "policy",
+    "disco": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

@@ -44,6 +44,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "constrained_rlhf": {"constraint_thresholds": {"digit_parity": 0.9}},
     "dynamic_reward_weighting": {},
     "oblr_po": {},
+    "disco": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},

@@ -33,6 +33,8 @@ PAIRS = [pair for family in PARENTS for pair in itertools.combinations(methods_o
 INCOMPATIBLE = {
     ("lite_ppo", "dler"): ("scale", {"advantage_whitening": "none"}),
     ("guide_grpo", "scaf_grpo"): ("repair", {"scaf_exempt_ratio": 1.0}),
+    ("lite_ppo", "disco"): ("scale", {"disco_score": "none"}),
+    ("dler", "disco"): ("scale", {"disco_score": "none"}),
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
 }
 

@@ -33,6 +33,7 @@ RUNS = {
     "constrained": (["constrained_rlhf", "dler"], EVERY_ROW | {"truncation_length": 6, "num_generations": 8}),
     "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
     "accumulated": (["oblr_po"], {}),
+    "disco": (["disco"], EVERY_ROW | {"num_iterations": 2, "disco_kl": "k3", "disco_delta": 0.0}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
