@@ -9,6 +9,7 @@ METHODS: dict[str, str] = {
     "lite_ppo": "policy",
     "dler": "policy",
     "gain_rl": "policy",
+    "deepsearch": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

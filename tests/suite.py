@@ -39,6 +39,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "lite_ppo": {"num_generations": 4},
     "dler": {"truncation_length": 3, "max_resample_batches": 2},
     "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
+    "deepsearch": {"tree_width": 4, "tree_max_depth": 4},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
