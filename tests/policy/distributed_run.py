@@ -23,6 +23,9 @@ RUNS = {
     # A group of eight lies on two ranks
     "straddling": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE | {"num_generations": 8}),
     "intra_group": (["d3s"], EVERY_ROW | {"d3s_scope": "intra_group", "loss_type": "grpo"}),
+    "searching": (["deepsearch"], EVERY_ROW | {"num_generations": 8, "replay_accuracy_max": 0.5}),
+    # One group on two ranks, one of which searches while the other only keeps up
+    "idle_rank": (["deepsearch"], EVERY_ROW | {"num_generations": 16, "tree_selection": "uct"}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
@@ -34,7 +37,8 @@ def keyed_completions(self, prompt_ids, *args, **kwargs):
         place = (self.accelerator.process_index * len(prompt_ids) + i) % self.num_generations
         digest = hashlib.sha256(f"{ids}-{place}-{self.state.global_step}".encode()).digest()
         rows.append([4 + byte % 60 for byte in digest[: 1 + digest[31] % 6]] + [self.eos_token_ids[0]])
-    return rows, None
+    # DeepSearch samples in steps
+    return [row[: self.generation_config.max_new_tokens] for row in rows], None
 
 
 def run(folder: Path, model: str, world: int) -> None:
