@@ -11,6 +11,7 @@ METHODS: dict[str, str] = {
     "gain_rl": "policy",
     "guide_grpo": "policy",
     "scaf_grpo": "policy",
+    "hpt_upge": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

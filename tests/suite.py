@@ -41,6 +41,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
     "guide_grpo": {"guide_max_resample_batches": 1},
     "scaf_grpo": {"scaf_exempt_ratio": 0.0, "num_generations": 2},
+    "hpt_upge": {"hpt_gate": 0.9},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
@@ -71,7 +72,8 @@ def dataset(family: str) -> Dataset:
     prompts = [f"{i}+{i + 1}=" for i in numbers]
     if family == "policy":
         hints = [[f"{prompt}[1]", f"{prompt}[11]", f"{prompt}[111]"] for prompt in prompts]
-        return Dataset.from_dict({"prompt": prompts, "hints": hints, "hint": [ladder[-1] for ladder in hints]})
+        columns = {"hints": hints, "hint": [ladder[-1] for ladder in hints]}
+        return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
         return Dataset.from_dict(
             {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
