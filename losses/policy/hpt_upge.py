@@ -173,7 +173,7 @@ def stability(
     if kind == "none":
         return torch.ones_like(log_ratio)
     if kind == "cap":
-        return torch.exp(torch.clamp(torch.as_tensor(high).log() - log_ratio, max=0.0))
+        return torch.exp(torch.clamp(torch.as_tensor(high, dtype=log_ratio.dtype).log() - log_ratio, max=0.0))
     ratio = log_ratio.exp()
     if kind == "cispo":
         return (ratio <= high).to(ratio)

@@ -180,8 +180,9 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     | `luffy` | `one` | `rollouts` | `none` | A·π·f'(π), f(π) = π/(π + γ) |
 
     With `upge_instance`, the loss of rollouts is −c·logπ with c held fixed. Clip bounds are 1 ± ε in every row, where
-    TRL's `loss_type="cispo"` caps at ε itself. Metrics: `loss/hpt_sft`, the mean negative log-likelihood per token of
-    the demonstrations, `upge/coefficient`, `upge/masked_tokens`, and those with `hpt/`.
+    TRL's `loss_type="cispo"` caps at ε itself. A token whose ratio another method has reshaped keeps the configured
+    loss. Metrics: `loss/hpt_sft`, the demonstrations' mean negative log-likelihood per token (0 in a micro-batch
+    without), `upge/coefficient` and `upge/masked_tokens` of the rollouts, and those with `hpt/`.
 
     Relations:
         Guide-GRPO gives failing prompts a hint and samples anew; it needs hints instead of demonstrations, and the
