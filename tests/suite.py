@@ -41,7 +41,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
     "guide_grpo": {"guide_max_resample_batches": 1},
     "scaf_grpo": {"scaf_exempt_ratio": 0.0, "num_generations": 2},
-    "hpt_upge": {"hpt_gate": 0.9},
+    "hpt_upge": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
@@ -60,7 +60,7 @@ def every_fourth(completions, **kwargs):
 
 
 # Methods that act on groups that fail
-ON_FAILURE = {"guide_grpo", "scaf_grpo"}
+ON_FAILURE = {"guide_grpo", "scaf_grpo", "hpt_upge"}
 
 
 def reward_of(trainer_class: type):

@@ -30,6 +30,13 @@ RUNS = {
         LOOSE | {"num_generations": 8, "guide_reroll_threshold": 0.4},
     ),
     "scaffolded": (["scaf_grpo", "lite_ppo"], EVERY_ROW),
+    # Demonstrations may all lie on one rank
+    "demonstrated": (["hpt_upge", "guide_grpo"], EVERY_ROW | {"upge_instance": "gspo", "hpt_gate": 0.3}),
+    "demonstrated_straddling": (
+        ["hpt_upge", "d3s"],
+        EVERY_ROW | {"num_generations": 8, "hpt_mode": "soft", "loss_type": "dapo"},
+    ),
+    "skipping_demonstrated": (["hpt_upge"], {"upge_instance": "reinforce"}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
