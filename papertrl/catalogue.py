@@ -16,6 +16,7 @@ METHODS: dict[str, str] = {
     "oblr_po": "policy",
     "disco": "policy",
     "deepsearch": "policy",
+    "hpt_upge": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

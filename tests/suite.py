@@ -46,6 +46,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "oblr_po": {},
     "disco": {},
     "deepsearch": {"tree_width": 4, "tree_max_depth": 4},
+    "hpt_upge": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
@@ -67,7 +68,7 @@ def every_fourth(completions, **kwargs):
 every_fourth.__name__ = digit_parity.__name__
 
 # Methods that act on groups that fail
-ON_FAILURE = {"guide_grpo", "scaf_grpo"}
+ON_FAILURE = {"guide_grpo", "scaf_grpo", "hpt_upge"}
 
 
 def reward_of(trainer_class: type):
@@ -79,7 +80,8 @@ def dataset(family: str) -> Dataset:
     prompts = [f"{i}+{i + 1}=" for i in numbers]
     if family == "policy":
         hints = [[f"{prompt}[1]", f"{prompt}[11]", f"{prompt}[111]"] for prompt in prompts]
-        return Dataset.from_dict({"prompt": prompts, "hints": hints, "hint": [ladder[-1] for ladder in hints]})
+        columns = {"hints": hints, "hint": [ladder[-1] for ladder in hints]}
+        return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
         return Dataset.from_dict(
             {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}

@@ -37,6 +37,13 @@ RUNS = {
     "searching": (["deepsearch"], EVERY_ROW | {"num_generations": 8, "replay_accuracy_max": 0.5}),
     # One group on two ranks, one of which searches while the other only keeps up
     "idle_rank": (["deepsearch"], EVERY_ROW | {"num_generations": 16, "tree_selection": "uct"}),
+    # Demonstrations may all lie on one rank
+    "demonstrated": (["hpt_upge", "guide_grpo"], EVERY_ROW | {"upge_instance": "gspo", "hpt_gate": 0.3}),
+    "demonstrated_straddling": (
+        ["hpt_upge", "d3s"],
+        EVERY_ROW | {"num_generations": 8, "hpt_mode": "soft", "loss_type": "dapo"},
+    ),
+    "skipping_demonstrated": (["hpt_upge"], {"upge_instance": "reinforce"}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
