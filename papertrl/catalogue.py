@@ -23,6 +23,13 @@ METHODS: dict[str, str] = {
     "asft": "supervised",
 }
 
+# Methods that go together, with a recipe and a claim of their own
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "hpt_scaf": ("hpt_upge", "scaf_grpo"),
+    "guide_lp_reg_dler": ("guide_grpo", "lp_reg", "dler"),
+    "gain_rl_d3s_hapo": ("gain_rl", "d3s", "hapo"),
+}
+
 SUFFIXES = {"policy": "GRPO", "preference": "DPO", "supervised": "SFT"}
 BASES = {"policy": "PolicyTrainer", "preference": "PreferenceTrainer", "supervised": "SupervisedTrainer"}
 
