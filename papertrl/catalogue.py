@@ -12,6 +12,7 @@ METHODS: dict[str, str] = {
     "guide_grpo": "policy",
     "scaf_grpo": "policy",
     "oblr_po": "policy",
+    "hapo": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

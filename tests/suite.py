@@ -42,6 +42,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "guide_grpo": {"guide_max_resample_batches": 1},
     "scaf_grpo": {"scaf_exempt_ratio": 0.0, "num_generations": 2},
     "oblr_po": {},
+    "hapo": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},

@@ -31,6 +31,7 @@ RUNS = {
     ),
     "scaffolded": (["scaf_grpo", "lite_ppo"], EVERY_ROW),
     "accumulated": (["oblr_po"], {}),
+    "entropies": (["hapo"], EVERY_ROW | {"num_iterations": 2}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
