@@ -17,6 +17,7 @@ METHODS: dict[str, str] = {
     "disco": "policy",
     "deepsearch": "policy",
     "hpt_upge": "policy",
+    "hapo": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

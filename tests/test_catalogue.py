@@ -32,6 +32,9 @@ PAIRS = [pair for family in PARENTS for pair in itertools.combinations(methods_o
 # Both replace the stage; the last is how the message says to resolve it
 INCOMPATIBLE = {
     ("lite_ppo", "dler"): ("scale", {"advantage_whitening": "none"}),
+    ("lite_ppo", "hapo"): ("scale", {"hapo_token_group_average": False}),
+    ("dler", "hapo"): ("scale", {"advantage_whitening": "none"}),
+    ("oblr_po", "hapo"): ("baseline", {"hapo_token_group_average": False}),
     ("guide_grpo", "scaf_grpo"): ("repair", {"scaf_exempt_ratio": 1.0}),
     ("lite_ppo", "disco"): ("scale", {"disco_score": "none"}),
     ("dler", "disco"): ("scale", {"disco_score": "none"}),

@@ -251,4 +251,6 @@ def load_claim(method: str) -> Claim:
 
 def claimed() -> list[str]:
     """Methods and combinations of the catalogue that have a claim, in its order."""
-    return [name for name in (*METHODS, *COMBINATIONS) if importlib.util.find_spec(f"papertrl.claims.{name}") is not None]
+    return [
+        name for name in (*METHODS, *COMBINATIONS) if importlib.util.find_spec(f"papertrl.claims.{name}") is not None
+    ]
