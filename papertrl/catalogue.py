@@ -10,6 +10,7 @@ METHODS: dict[str, str] = {
     "dler": "policy",
     "gain_rl": "policy",
     "disco": "policy",
+    "two_stage_math": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

@@ -40,6 +40,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "dler": {"truncation_length": 3, "max_resample_batches": 2},
     "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
     "disco": {},
+    "two_stage_math": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},

@@ -24,6 +24,8 @@ RUNS = {
     "straddling": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE | {"num_generations": 8}),
     "intra_group": (["d3s"], EVERY_ROW | {"d3s_scope": "intra_group", "loss_type": "grpo"}),
     "disco": (["disco"], EVERY_ROW | {"num_iterations": 2, "disco_kl": "k3", "disco_delta": 0.0}),
+    # A group of eight lies on two ranks
+    "two_stage_math": (["two_stage_math"], EVERY_ROW | {"num_generations": 8}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
