@@ -353,7 +353,7 @@ def compose(*trainers: type, name: str | None = None) -> type:
             Name of the class. Defaults to the methods' names run together.
 
     Raises:
-        `TypeError`: if there are none, they are of different families, or one is listed twice.
+        `TypeError`: if there are none, they are of different families, one is listed twice, or has no method.
 
     Example:
 
@@ -365,6 +365,9 @@ def compose(*trainers: type, name: str | None = None) -> type:
     """
     if not trainers:
         raise TypeError("`compose` needs at least one trainer.")
+    bases = [t.__name__ for t in trainers if not t.methods]
+    if bases and len(trainers) > 1:
+        raise TypeError(f"`compose`: {bases} have no method; leave them out, every other trainer builds on its base.")
     if len(set(trainers)) != len(trainers):
         raise TypeError(f"`compose`: a method is listed twice in {[t.__name__ for t in trainers]}.")
     families = {t.__name__: t.family for t in trainers}

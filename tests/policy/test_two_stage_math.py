@@ -145,7 +145,7 @@ def test_by_name():
     )
     assert load_reward("boxed_format", 4) is boxed_format
     for name in ("cosine_length:exact_mach", "cosine_lenth"):
-        with pytest.raises(ValueError, match="unknown reward .*Did you mean"):
+        with pytest.raises(ValueError, match=r"unknown reward .*Did you mean"):
             load_reward(name, 4)
     with pytest.raises(ValueError, match="`unit` must be 'characters' or 'tokens', got 'words'"):
         relative_length(unit="words")

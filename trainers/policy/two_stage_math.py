@@ -39,8 +39,8 @@ class TwoStageMathGRPOConfig(PolicyConfig):
     )
     correctness_reward: str | None = method_field(
         None,
-        "Name of the reward function that is above `success_threshold` on right completions. `None` takes the weighted "
-        "sum of all.",
+        "Name of the reward function that is above `success_threshold` on right completions. `None` takes the "
+        "weighted sum of all.",
     )
 
     def validate(self):
