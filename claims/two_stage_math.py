@@ -4,7 +4,7 @@ from ..evidence import Arm, Claim, Comparison, Metric, Start, mean, sampled_accu
 
 ACCURACY = Metric("sampled_accuracy")
 LENGTH = Metric("length", "lower")
-RATES = {"learning_rate": (5e-4, 1e-3)}
+RATES = {"learning_rate": (2e-4, 5e-4)}
 
 CLAIM = Claim(
     method="two_stage_math",

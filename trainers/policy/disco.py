@@ -98,6 +98,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
     normalizers whatever it is. TRL's `clip_ratio/*` are logged although nothing is clipped.
 
     Relations:
+        Of a reward, DisCO sees whether it is above the threshold: what others add for length or style does not count.
         Lp-Reg's penalty adds to DisCO as to GRPO; ratios it would trust are trusted here anyway. Methods that replace
         the loss of single tokens or give them advantages of their own are refused. DLER's filter keeps the very
         questions that have answers of both kinds; set `advantage_whitening="none"`.
