@@ -1,6 +1,7 @@
 """Statistics of the next-token distribution from hidden states and LM head, in token chunks."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -42,16 +43,9 @@ def kept_mass(
         `log τ` and `log Σ_{kept v} p(v)`, in nats and without gradient. The second is `-inf` where nothing is kept,
         which only an absolute threshold allows.
     """
-    tokens = hidden.shape[0]
-    log_threshold = hidden.new_empty(tokens, dtype=torch.float32)
+    log_threshold = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     log_kept = torch.empty_like(log_threshold)
-    chunk = max(1, _CHUNK_ELEMENTS // weight.shape[0])
-    for start in range(0, tokens, chunk):
-        part = slice(start, start + chunk)
-        logits = torch.nn.functional.linear(hidden[part].to(weight.dtype), weight, bias).float() * logit_scale
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        logps = torch.log_softmax(logits / temperature, dim=-1)
+    for part, logps in _chunks(hidden, weight, bias, temperature, logit_scale, softcap):
         threshold = math.log(kappa) + (logps.amax(-1) if relative else torch.zeros_like(logps[:, 0]))
         log_threshold[part] = threshold
         # A token at the threshold is kept: rounding in the logarithm must not decide the maximum's own fate
@@ -60,3 +54,41 @@ def kept_mass(
         # Exactly, where nothing is removed: the filtered distribution must then be the unfiltered one
         log_kept[part] = log_mass.masked_fill(kept.all(-1), 0.0)
     return log_threshold, log_kept
+
+
+@torch.no_grad()
+def sum_of_squares(
+    hidden: Float[Tensor, "tokens hidden"],
+    weight: Float[Tensor, "vocab hidden"],
+    bias: Float[Tensor, " vocab"] | None,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Float[Tensor, " tokens"]:
+    """
+    Σ_v p(v)² of the next-token distribution p, the chance that two draws agree, at every position.
+
+    Arguments are those of [`kept_mass`]. Without gradient.
+    """
+    total = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    for part, logps in _chunks(hidden, weight, bias, temperature, logit_scale, softcap):
+        total[part] = torch.exp(2 * logps).sum(-1)
+    return total
+
+
+def _chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Log-probabilities `(chunk, vocab)` of a few positions at a time."""
+    chunk = max(1, _CHUNK_ELEMENTS // weight.shape[0])
+    for start in range(0, hidden.shape[0], chunk):
+        part = slice(start, start + chunk)
+        logits = torch.nn.functional.linear(hidden[part].to(weight.dtype), weight, bias).float() * logit_scale
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        yield part, torch.log_softmax(logits / temperature, dim=-1)

@@ -76,7 +76,10 @@ class JobArguments:
     )
     gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
     start_model_steps: int = _flag(
-        1600, "Supervised warm-up steps of the embedded tiny model, on demonstrations most of which are wrong."
+        1600, "Supervised warm-up steps of the embedded tiny model, on the task's demonstrations."
+    )
+    start_model_error_share: float = _flag(
+        0.6, "Share of these demonstrations with the task's typical error: higher leaves less to build on."
     )
     held_out_prompts: int = _flag(256, "Held-out prompts answered greedily before and after training; 0 for none.")
     held_out_evaluations: int = _flag(

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
@@ -79,10 +80,23 @@ def task_data(task: Task, family: str, arguments: JobArguments, seed: int, chat:
 
 
 def as_messages(dataset: Dataset) -> Dataset:
-    """The dataset with text in `prompt`, `completion`, `chosen` and `rejected` turned into messages."""
-    roles = {"prompt": "user", "completion": "assistant", "chosen": "assistant", "rejected": "assistant"}
+    """The dataset with the text of prompts, hints among them, and of answers turned into messages."""
+    roles = {
+        "prompt": "user",
+        "hint": "user",
+        "completion": "assistant",
+        "chosen": "assistant",
+        "rejected": "assistant",
+    }
     present = {name: role for name, role in roles.items() if name in dataset.column_names}
-    return dataset.map(lambda row: {name: [{"role": role, "content": row[name]}] for name, role in present.items()})
+
+    def convert(row: dict[str, Any]) -> dict[str, Any]:
+        messages = {name: [{"role": role, "content": row[name]}] for name, role in present.items()}
+        if "hints" in row:
+            messages["hints"] = [[{"role": "user", "content": hint}] for hint in row["hints"]]
+        return messages
+
+    return dataset.map(convert)
 
 
 def dataset_data(family: str, arguments: JobArguments, judges: list[Callable]) -> JobData:

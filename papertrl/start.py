@@ -24,8 +24,6 @@ from .tiny import tiny_model, tiny_tokenizer
 IGNORED = -100
 BATCH_SIZE = 64
 DEMONSTRATIONS = 20_000
-# Most of what the start model imitates is wrong, so that there is something for a policy gradient to put right
-ERROR_SHARE = 0.6
 LEARNING_RATE = 3e-3
 # Learning rates of a pretrained model over those of the tiny one
 REAL_MODEL_RATE = 0.01

@@ -43,7 +43,7 @@ from .runfile import (
     describe_job,
     write_job_files,
 )
-from .start import DEMONSTRATIONS, ERROR_SHARE, make_start_model, prepare_model
+from .start import DEMONSTRATIONS, make_start_model, prepare_model
 from .tasks import Task
 
 RUN_FILES = (
@@ -240,7 +240,7 @@ def start_model(job: Job, task: Task | None, output: Path, state: PartialState) 
                     "`dataset_name` is set, but no model: the embedded tiny model only knows the embedded task. Set "
                     "`--model_name_or_path`."
                 )
-            examples = task.demonstrations(DEMONSTRATIONS, job.training.seed, ERROR_SHARE)
+            examples = task.demonstrations(DEMONSTRATIONS, job.training.seed, job.arguments.start_model_error_share)
             model, tokenizer = make_start_model(
                 examples, job.arguments.start_model_steps, job.training.seed, bool(job.training.disable_tqdm)
             )

@@ -39,8 +39,15 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "lite_ppo": {"num_generations": 4},
     "dler": {"truncation_length": 3, "max_resample_batches": 2},
     "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
+    "guide_grpo": {"guide_max_resample_batches": 1},
+    "scaf_grpo": {"scaf_exempt_ratio": 0.0, "num_generations": 2},
+    "constrained_rlhf": {"constraint_thresholds": {"digit_parity": 0.9}},
+    "dynamic_reward_weighting": {},
+    "oblr_po": {},
     "disco": {},
     "two_stage_math": {},
+    "deepsearch": {"tree_width": 4, "tree_max_depth": 4},
+    "hpt_upge": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
@@ -53,11 +60,29 @@ def digit_parity(completions, **kwargs):
     return [float(sum(c.isdigit() for c in text) % 2 == 0) for text in completions]
 
 
+def every_fourth(completions, **kwargs):
+    """Reward 1 for about a fourth of all texts, so that whole groups fail."""
+    return [float(sum(map(ord, text)) % 4 == 0) for text in completions]
+
+
+# Settings name the reward, whichever it is
+every_fourth.__name__ = digit_parity.__name__
+
+# Methods that act on groups that fail
+ON_FAILURE = {"guide_grpo", "scaf_grpo", "hpt_upge"}
+
+
+def reward_of(trainer_class: type):
+    return every_fourth if ON_FAILURE & {m.name for m in trainer_class.methods} else digit_parity
+
+
 def dataset(family: str) -> Dataset:
     numbers = range(16)
     prompts = [f"{i}+{i + 1}=" for i in numbers]
     if family == "policy":
-        return Dataset.from_dict({"prompt": prompts})
+        hints = [[f"{prompt}[1]", f"{prompt}[11]", f"{prompt}[111]"] for prompt in prompts]
+        columns = {"hints": hints, "hint": [ladder[-1] for ladder in hints]}
+        return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
         return Dataset.from_dict(
             {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
@@ -76,7 +101,7 @@ def settings(family: str, output_dir, **values) -> dict[str, Any]:
 
 
 def build(trainer_class: type, family: str, model: str, args, **kwargs):
-    positional = {"policy": [[digit_parity]], "preference": [None], "supervised": []}[family]
+    positional = {"policy": [[kwargs.pop("reward", digit_parity)]], "preference": [None], "supervised": []}[family]
     return trainer_class(model, *positional, args, train_dataset=kwargs.pop("data", dataset(family)), **kwargs)
 
 

@@ -13,15 +13,29 @@ import papertrl
 from papertrl.catalogue import METHODS, class_stem, find, load_trainer, method_table
 from papertrl.trainers.method import compose
 
-from .suite import ACTIVE, PARENTS, PLAIN_OF, active_config, build, history, methods_of, model_path, settings, weights
+from .suite import (
+    ACTIVE,
+    PARENTS,
+    PLAIN_OF,
+    active_config,
+    build,
+    history,
+    methods_of,
+    model_path,
+    reward_of,
+    settings,
+    weights,
+)
 
 ROOT = Path(__file__).parents[1]
 PAIRS = [pair for family in PARENTS for pair in itertools.combinations(methods_of(family), 2)]
-# Pairs that are refused as they are, and what the message has to name
+# Both replace the stage; the last is how the message says to resolve it
 INCOMPATIBLE = {
-    ("lite_ppo", "dler"): "stage 'scale'.*advantage_whitening='none'",
-    ("lite_ppo", "disco"): "stage 'scale'.*disco_score='none'",
-    ("dler", "disco"): "stage 'scale'.*advantage_whitening='none'.*disco_score='none'",
+    ("lite_ppo", "dler"): ("scale", {"advantage_whitening": "none"}),
+    ("guide_grpo", "scaf_grpo"): ("repair", {"scaf_exempt_ratio": 1.0}),
+    ("lite_ppo", "disco"): ("scale", {"disco_score": "none"}),
+    ("dler", "disco"): ("scale", {"disco_score": "none"}),
+    ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
 }
 
 
@@ -99,9 +113,8 @@ def test_drop_in_for_trl(name, request, tmp_path):
 def test_mechanism_fires(name, request, tmp_path):
     trainer_class = load_trainer(name)
     family = METHODS[name]
-    trainer = build(
-        trainer_class, family, model_path(family, request), active_config(trainer_class, [name], tmp_path, max_steps=4)
-    )
+    args = active_config(trainer_class, [name], tmp_path, max_steps=4)
+    trainer = build(trainer_class, family, model_path(family, request), args, reward=reward_of(trainer_class))
     trainer.train()
     signal = trainer_class.method.signal
     values = [entry[signal] for entry in trainer.state.log_history if entry.get(signal) is not None]
@@ -113,12 +126,14 @@ def test_mechanism_fires(name, request, tmp_path):
 def resumed_equals_uninterrupted(trainer_class, names, request, tmp_path, at, **values):
     family = trainer_class.family
     model = model_path(family, request)
+    reward = reward_of(trainer_class)
     run = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "num_train_epochs": 2} | values
-    whole = build(trainer_class, family, model, active_config(trainer_class, names, tmp_path, **run))
+    whole = build(trainer_class, family, model, active_config(trainer_class, names, tmp_path, **run), reward=reward)
     whole.train()
     # Like a fresh process: nothing of the first trainer is left but the files
     torch.manual_seed(12345)
-    again = build(trainer_class, family, model, active_config(trainer_class, names, tmp_path / "again", **run))
+    args = active_config(trainer_class, names, tmp_path / "again", **run)
+    again = build(trainer_class, family, model, args, reward=reward)
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{at}"))
     expected = weights(whole)
     for key, value in weights(again).items():
@@ -154,7 +169,7 @@ def test_pair_trains(pair, request, tmp_path):
     trainer_class = compose(*map(load_trainer, pair))
     family = trainer_class.family
     args = active_config(trainer_class, list(pair), tmp_path, max_steps=2)
-    trainer = build(trainer_class, family, model_path(family, request), args)
+    trainer = build(trainer_class, family, model_path(family, request), args, reward=reward_of(trainer_class))
     trainer.train()
     logged = set().union(*trainer.state.log_history)
     for name in pair:
@@ -165,17 +180,15 @@ def test_pair_trains(pair, request, tmp_path):
 
 @pytest.mark.parametrize("pair", sorted(INCOMPATIBLE), ids="+".join)
 def test_incompatible_pair_is_refused(pair, request, tmp_path):
+    stage, resolution = INCOMPATIBLE[pair]
     trainer_class = compose(*map(load_trainer, pair))
-    either = "|".join(f"'{a}' and '{b}'" for a, b in (pair, pair[::-1]))
-    with pytest.raises(ValueError, match=f"({either}).*{INCOMPATIBLE[pair]}"):
-        args = active_config(trainer_class, list(pair), tmp_path)
-        build(trainer_class, trainer_class.family, model_path(trainer_class.family, request), args)
-
-
-def test_incompatible_pair_trains_once_the_stage_is_given_up(request, tmp_path):
-    trainer_class = compose(load_trainer("lite_ppo"), load_trainer("dler"))
-    args = active_config(trainer_class, ["lite_ppo", "dler"], tmp_path, advantage_whitening="none", max_steps=1)
-    build(trainer_class, "policy", model_path("policy", request), args).train()
+    model = model_path(trainer_class.family, request)
+    ((field, value),) = resolution.items()
+    message = f"'{pair[0]}' and '{pair[1]}'.*stage '{stage}'.*{field}={value!r}"
+    with pytest.raises(ValueError, match=message):
+        build(trainer_class, trainer_class.family, model, active_config(trainer_class, list(pair), tmp_path))
+    args = active_config(trainer_class, list(pair), tmp_path, **resolution, max_steps=1)
+    build(trainer_class, trainer_class.family, model, args).train()
 
 
 def test_order_of_listing_changes_nothing_but_shared_defaults(request, tmp_path):

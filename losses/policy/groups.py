@@ -16,13 +16,26 @@ def by_group(values: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"]) ->
         group_ids (`torch.Tensor` of shape `(rows,)`):
             Rows with the same id form a group; they need not be adjacent.
     """
-    _, index, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
-    order = torch.argsort(index, stable=True)
-    first = counts.cumsum(0) - counts
-    column = torch.arange(values.numel(), device=values.device) - first[index[order]]
+    line, column, counts = _places(group_ids)
     grouped = values.new_full((counts.numel(), int(counts.max())), torch.nan)
-    grouped[index[order], column] = values[order]
+    grouped[line, column] = values
     return grouped
+
+
+def from_groups(grouped: Shaped[Tensor, "groups size"], group_ids: Int[Tensor, " rows"]) -> Shaped[Tensor, " rows"]:
+    """One value per row again: the inverse of [`by_group`]."""
+    line, column, _ = _places(group_ids)
+    return grouped[line, column]
+
+
+def _places(group_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Line and column of each row in [`by_group`], and the number of rows of each group."""
+    _, line, counts = torch.unique(group_ids, return_inverse=True, return_counts=True)
+    order = torch.argsort(line, stable=True)
+    first = counts.cumsum(0) - counts
+    column = torch.empty_like(order)
+    column[order] = torch.arange(order.numel(), device=order.device) - first[line[order]]
+    return line, column, counts
 
 
 def expand_groups(per_group: Shaped[Tensor, " groups"], group_ids: Int[Tensor, " rows"]) -> Shaped[Tensor, " rows"]:

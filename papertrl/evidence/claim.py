@@ -156,6 +156,8 @@ class Claim:
             [`Probe`] → named numbers, taken before training and at `evaluations` points of it.
         start ([`Start`]):
             Checkpoint.
+        rewards (`tuple[Callable, ...]`, *optional*):
+            Reward functions to train on. Defaults to the task's verifier.
         data (`Callable`, *optional*):
             (task, number of problems, seed) → training rows. Defaults to the family's view of the task's problems.
         train_problems (`int`), held_out (`int`):
@@ -183,6 +185,7 @@ class Claim:
     measures: tuple[Callable, ...]
     task_kwargs: Mapping[str, Any] = field(default_factory=dict)
     start: Start = Start()
+    rewards: tuple[Callable, ...] = ()
     data: Callable[[Task, int, int], Dataset] | None = None
     train_problems: int = 4000
     held_out: int = 256

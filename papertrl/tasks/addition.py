@@ -20,6 +20,9 @@ class AdditionTask(VerifiedTask):
     A completion may give workings before the answer: the columns' sums from the right, with carries, as in
     `47+85=` and `12,13;132`. What stands after the last semicolon counts.
 
+    A prompt with a hint goes on with carries that the columns hand on, from the right: `47+85=[1]` or `47+85=[11]`.
+    Who makes the typical error does not forget those.
+
     Relations: `reasoning_gym:basic_arithmetic` and `reasoning_gym:chain_sum` ask sums in English.
 
     Args:
@@ -32,6 +35,10 @@ class AdditionTask(VerifiedTask):
             Share of the demonstrations, and of the right answers of [`supervised`], that give workings.
         workings_error_share (`float`, *optional*, defaults to `0.0`):
             Share of those that forget the carries; the direct ones do so at the `error_share` of [`demonstrations`].
+        hint_share (`float`, *optional*, defaults to `0.0`):
+            Share of the demonstrations that stand under a prompt with a hint and make no error but to forget further
+            carries. If above 0, problems have the columns `hints`, prompts with one carry more each, and `hint`, the
+            last of them.
 
     Raises:
         `ValueError`: if `digits` is not in [1, 9], `min_digits` not in [1, `digits`], or a share not in [0, 1].
@@ -46,16 +53,19 @@ class AdditionTask(VerifiedTask):
         min_digits: int | None = None,
         workings_share: float = 0.0,
         workings_error_share: float = 0.0,
+        hint_share: float = 0.0,
     ):
         check_range(self.name, "digits", digits, 1, 9)
         if min_digits is not None:
             check_range(self.name, "min_digits", min_digits, 1, digits)
         check_range(self.name, "workings_share", workings_share, 0, 1, float)
         check_range(self.name, "workings_error_share", workings_error_share, 0, 1, float)
+        check_range(self.name, "hint_share", hint_share, 0, 1, float)
         self.digits = digits
         self.min_digits = min_digits
         self.workings_share = workings_share
         self.workings_error_share = workings_error_share
+        self.hint_share = hint_share
         self.max_new_tokens = digits + 2 + (3 * digits if workings_share else 0)
 
     def problem(self, rng: random.Random) -> dict[str, Any]:
@@ -81,7 +91,25 @@ class AdditionTask(VerifiedTask):
             "answer": f"{a + b:0{width + 1}}",
             "wrong_answer": f"{slip(a, b, rng):0{width + 1}}",
         }
+        if self.hint_share > 0:
+            row["hints"] = [f"{row['prompt']}[{carries(a, b, width)[:known]}]" for known in range(1, width + 1)]
+            row["hint"] = row["hints"][-1]
         return row if self.min_digits is None else {**row, "difficulty": width}
+
+    def demonstrations(self, n: int, seed: int, error_share: float) -> Dataset:
+        examples = super().demonstrations(n, seed, error_share)
+        if self.hint_share == 0:
+            return examples
+        rng = random.Random(f"{seed}-hints")
+        rows = []
+        for example, problem in zip(examples, self.generate(n, seed), strict=True):
+            if rng.random() < self.hint_share:
+                known = rng.randint(1, len(problem["hints"]))
+                left, _, right = problem["prompt"].removesuffix("=").partition("+")
+                answer = f"{without_carry(int(left), int(right), known):0{len(left) + 1}}"
+                example = {"prompt": problem["hints"][known - 1], "completion": answer}
+            rows.append(example)
+        return Dataset.from_list(rows)
 
     def demonstrate(self, row: dict[str, Any], rng: random.Random, error_share: float) -> str:
         works = self.workings_share > 0 and rng.random() < self.workings_share
@@ -129,10 +157,16 @@ def workings(left: str, right: str, carries: bool = True) -> str:
     return ",".join(f"{column:02}" for column in sums)
 
 
-def without_carry(a: int, b: int) -> int:
-    """Sum of `a` and `b` by somebody who forgets to carry: each column's sum modulo ten."""
-    columns = [(int(x) + int(y)) % 10 for x, y in zip(str(a).zfill(9), str(b).zfill(9), strict=True)]
-    return int("".join(map(str, columns)))
+def carries(a: int, b: int, width: int) -> str:
+    """What each of the last `width` columns hands on, from the right: `11` for 47 and 85."""
+    return "".join(str((a % 10**k + b % 10**k) // 10**k) for k in range(1, width + 1))
+
+
+def without_carry(a: int, b: int, known: int = 0) -> int:
+    """Sum of `a` and `b` by somebody who forgets to carry, but from the last `known` columns."""
+    handed = [0, *(int(c) * (i < known) for i, c in enumerate(carries(a, b, 9)))]
+    columns = [(int(x) + int(y) + c) % 10 for x, y, c in zip(f"{a:09}"[::-1], f"{b:09}"[::-1], handed, strict=False)]
+    return int("".join(map(str, columns[::-1])))
 
 
 def slip(a: int, b: int, rng: random.Random) -> int:

@@ -41,11 +41,14 @@ def test_two_processes_equal_one(label, results):
     for got, expected in zip(two, one, strict=True):
         assert got.keys() == expected.keys()
         for key, value in expected.items():
-            if label == "skipping" and key not in ("loss", "grad_norm", "reward"):
+            if label.startswith("skipping") and key not in ("loss", "grad_norm", "reward"):
                 # Metrics of the update cover the rows that are computed, stand-ins included
                 continue
             if "dler" in names and key.startswith(("completions/", "num_tokens", "dler/")):
                 # These also cover what ranks generate to fill up a refill round
+                continue
+            if key == "num_tokens":
+                # So does this where groups are repaired
                 continue
             assert got[key] == pytest.approx(value, rel=2e-3, abs=1e-5), key
     got, expected = (load_file(results / n / f"{label}.safetensors") for n in ("two", "one"))

@@ -8,18 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from papertrl.losses import head
-from papertrl.losses.head import kept_mass
+from papertrl.losses.head import kept_mass, sum_of_squares
 
 
-def brute(hidden, weight, bias, kappa, relative, temperature, logit_scale, softcap):
-    """(log threshold, log kept mass) of one position, by the definition."""
+def probabilities_of(hidden, weight, bias, temperature, logit_scale, softcap):
+    """Next-token distribution of one position, by the definition."""
     logits = []
     for v in range(weight.shape[0]):
         logit = sum(h * w for h, w in zip(hidden.tolist(), weight[v].tolist(), strict=True))
         logit = (logit + (0.0 if bias is None else bias[v].item())) * logit_scale
         logits.append((logit if softcap is None else softcap * math.tanh(logit / softcap)) / temperature)
     total = sum(math.exp(x) for x in logits)
-    probabilities = [math.exp(x) / total for x in logits]
+    return [math.exp(x) / total for x in logits]
+
+
+def brute(hidden, weight, bias, kappa, relative, temperature, logit_scale, softcap):
+    """(log threshold, log kept mass) of one position, by the definition."""
+    probabilities = probabilities_of(hidden, weight, bias, temperature, logit_scale, softcap)
     threshold = kappa * max(probabilities) if relative else kappa
     kept = sum(p for p in probabilities if p >= threshold)
     return math.log(threshold), math.log(kept) if kept > 0 else -math.inf
@@ -41,7 +46,10 @@ def test_against_the_definition(tokens, vocab, seed, kappa, relative, with_bias,
     hidden, weight = torch.randn(tokens, 3, generator=g), torch.randn(vocab, 3, generator=g)
     bias = torch.randn(vocab, generator=g) if with_bias else None
     found = kept_mass(hidden, weight, bias, kappa, relative, temperature, logit_scale, softcap)
+    squares = sum_of_squares(hidden, weight, bias, temperature, logit_scale, softcap)
     for i in range(tokens):
+        distribution = probabilities_of(hidden[i], weight, bias, temperature, logit_scale, softcap)
+        assert squares[i].item() == pytest.approx(sum(p * p for p in distribution), abs=1e-5)
         threshold, kept = brute(hidden[i], weight, bias, kappa, relative, temperature, logit_scale, softcap)
         assert found[0][i].item() == pytest.approx(threshold, abs=1e-5)
         assert found[1][i].item() == pytest.approx(kept, abs=1e-5)

@@ -9,31 +9,35 @@ from trl import GRPOConfig, GRPOTrainer
 from papertrl.catalogue import load_trainer
 from papertrl.trainers.method import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
+from papertrl.trainers.policy.record import Source
 
-from ..suite import active_config, dataset, digit_parity, history, settings, weights
+from ..suite import active_config, dataset, digit_parity, every_fourth, history, settings, weights
+from .runs import distributions, recorded, sampled
 
 
 class FakeClient:
     """Answers as TRL's `VLLMGeneration` does: token ids, and per token the log-probs of the sampler."""
 
     def __init__(self):
-        self.synced, self.calls = 0, []
+        self.synced, self.calls, self.sizes = 0, [], []
 
     def sync_weights(self):
         self.synced += 1
 
     def generate(self, prompts, images, num_generations, profiler):
         self.calls.append(len(prompts))
+        self.sizes.append(num_generations)
         ids, logps = [], []
         for i, prompt in enumerate(prompts):
-            digest = hashlib.sha256(f"{prompt}-{i % num_generations}-{len(self.calls)}".encode()).digest()
+            place = i % num_generations if num_generations > 1 else i
+            digest = hashlib.sha256(f"{prompt}-{place}-{len(self.calls)}".encode()).digest()
             ids.append([4 + byte % 60 for byte in digest[: 1 + digest[31] % 5]] + [2])
             logps.append([[-4.0 - byte / 256] for byte in digest[: len(ids[-1])]])
         return None, ids, logps, None
 
 
-def train(trainer_class, args, model):
-    trainer = trainer_class(model, [digit_parity], args, train_dataset=dataset("policy"))
+def train(trainer_class, args, model, reward=digit_parity):
+    trainer = trainer_class(model, [reward], args, train_dataset=dataset("policy"))
     # As the constructor would set it with a running server
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeClient(), -1
     trainer.train()
@@ -62,3 +66,34 @@ def test_combination_trains_on_what_the_client_sampled(policy_path, tmp_path):
     assert all(value.isfinite().all() for value in weights(trainer).values())
     logged = set().union(*trainer.state.log_history)
     assert {trainer_class.method.signal for trainer_class in map(load_trainer, names)} <= logged
+
+
+def test_rows_sampled_under_a_hint_are_corrected_under_it(policy_path, tmp_path):
+    """The denominator and TRL's correction are of the prompt that the client was given."""
+    trainer_class = recorded(load_trainer("guide_grpo"))
+    values = {"guide_max_resample_batches": 0, "max_steps": 4}
+    args = active_config(trainer_class, ["guide_grpo"], tmp_path, **values, **{"temperature": 1.0})
+    args.vllm_importance_sampling_mode = "token_truncate"
+    args.vllm_importance_sampling_clip_max = 1e6
+    trainer = train(trainer_class, args, policy_path, every_fourth)
+    seen = False
+    for _, batch, model, _ in trainer.generations:
+        guided = batch["source"] == Source.HINTED
+        seen = seen or bool(guided.any())
+        if "sampled_prompt_ids" not in batch:
+            continue
+        under = dict(batch, prompt_ids=batch["sampled_prompt_ids"], prompt_mask=batch["sampled_prompt_mask"])
+        mask = batch["completion_mask"].bool()
+        with torch.no_grad():
+            old = sampled(distributions(model, under), batch)
+        torch.testing.assert_close(batch["old_per_token_logps"][mask], old[mask], rtol=1e-4, atol=1e-5)
+        ratio = (old - batch["sampling_per_token_logps"]).exp()
+        torch.testing.assert_close(batch["importance_sampling_ratio"][mask], ratio[mask], rtol=1e-3, atol=1e-5)
+    assert seen and {1, 4} == set(trainer.vllm_generation.sizes)
+
+
+def test_hints_one_at_a_time(policy_path, tmp_path):
+    args = active_config(load_trainer("scaf_grpo"), ["scaf_grpo"], tmp_path)
+    trainer = train(load_trainer("scaf_grpo"), args, policy_path, every_fourth)
+    assert {1, 2} == set(trainer.vllm_generation.sizes)
+    assert max(entry.get("scaf/repaired_groups", 0) for entry in trainer.state.log_history) > 0

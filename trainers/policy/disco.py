@@ -15,7 +15,7 @@ from ...losses.policy.disco import (
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics
-from .record import RolloutRecord, ScoredBatch
+from .record import RolloutRecord, ScoredBatch, Source
 
 _LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
 # Default τ of each score
@@ -191,7 +191,8 @@ class DiscoGRPOTrainer(PolicyTrainer):
         scores = mean_over_tokens(values, mask)
         shares = answer_shares(scores, labels, record.group_ids, tau)
         divergence = sampling_divergence(stats.log_ratio, self.args.disco_kl)
-        mean = self._mean_over_ranks(divergence, mask)
+        # Rows from elsewhere, or sampled with a hint, tell nothing about the step from the sampling policy
+        mean = self._mean_over_ranks(divergence, mask * (record.source == Source.POLICY).unsqueeze(1))
         penalty = constraint_weight(mean, self.args.disco_delta, self.args.disco_beta)
         self.log_metric("disco/kl", mean)
         self.log_metric("disco/constraint_active", (mean > self.args.disco_delta).float())
