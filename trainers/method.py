@@ -126,9 +126,10 @@ class MethodTrainer:
                 for stage in first.replaces.keys() & second.replaces.keys():
                     if active(first, stage) and active(second, stage):
                         ways = " or ".join(
-                            f"{name}={value!r} ('{m.name}' then leaves the stage alone)"
+                            " and ".join(f"{name}={value!r}" for name, value in m.replaces[stage].items())
+                            + f" ('{m.name}' then leaves the stage alone)"
                             for m in (first, second)
-                            for name, value in m.replaces[stage].items()
+                            if m.replaces[stage]
                         )
                         raise ValueError(
                             f"Methods '{first.name}' and '{second.name}' do not combine as they are: both replace the "

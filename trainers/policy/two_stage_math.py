@@ -84,7 +84,8 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
 
     Relations:
         DLER gives no reward beyond a hard limit instead. [`~papertrl.rewards.cosine_length`] and
-        [`~papertrl.rewards.relative_length`] are these rewards for other trainers, in either unit. DisCO sees of a
+        [`~papertrl.rewards.relative_length`] are these rewards for other trainers, in either unit: methods that weigh
+        several rewards replace the same stage, and take these as two of them. DisCO sees of a
         reward only whether it is above `success_threshold`, so that length does not count in it.
 
     Paper: [A Practical Two-Stage Recipe for Mathematical LLMs: Maximizing Accuracy with SFT and Efficiency with
@@ -102,7 +103,7 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
     method = Method(
         name="two_stage_math",
         summary="After SFT on long traces, rewards right answers for being short: by a cosine, and within the group",
-        extends=("combine_rewards",),
+        replaces={"combine_rewards": {"cosine_weight": 0.0, "relative_length_weight": 0.0}},
         neutral={"cosine_weight": 0.0, "relative_length_weight": 0.0},
         signal="two_stage_math/length_reward_size",
     )
@@ -129,7 +130,11 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
         args = self.args
         if args.cosine_weight == 0 and args.relative_length_weight == 0:
             return combined
-        correct = self._correct(scored)
+        name = args.correctness_reward
+        if name is None:
+            correct = self.solved(scored)
+        else:
+            correct = scored.rewards[:, self.reward_func_names.index(name)] > args.success_threshold
         # Rows that nobody scored are compared with nobody
         lengths = scored.lengths.to(combined).masked_fill(combined.isnan(), torch.nan)
         max_length = args.cosine_max_length or self.max_completion_length
@@ -138,15 +143,9 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
         compared = scored.group_ids if in_group else torch.zeros_like(scored.group_ids)
         relative = relative_length_reward(lengths, correct, compared)
         added = args.cosine_weight * cosine + args.relative_length_weight * relative
-        for name, value in (("cosine", cosine), ("relative_length", relative), ("length_reward_size", added.abs())):
-            self.log_metric(f"two_stage_math/{name}", torch.nan_to_num(torch.nanmean(value)))
-        for name, rows in (("right", correct), ("wrong", ~correct)):
+        for metric, value in (("cosine", cosine), ("relative_length", relative), ("length_reward_size", added.abs())):
+            self.log_metric(f"two_stage_math/{metric}", torch.nan_to_num(torch.nanmean(value)))
+        for verdict, rows in (("right", correct), ("wrong", ~correct)):
             if bool(rows.any()):
-                self.log_metric(f"two_stage_math/length_of_{name}", scored.lengths[rows].float().mean())
+                self.log_metric(f"two_stage_math/length_of_{verdict}", scored.lengths[rows].float().mean())
         return combined + added
-
-    def _correct(self, scored: ScoredBatch) -> torch.Tensor:
-        if self.args.correctness_reward is None:
-            return self.solved(scored)
-        rewards = scored.rewards[:, self.reward_func_names.index(self.args.correctness_reward)]
-        return rewards > self.args.success_threshold
