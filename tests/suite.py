@@ -45,6 +45,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "dynamic_reward_weighting": {},
     "oblr_po": {},
     "disco": {},
+    "two_stage_math": {},
     "deepsearch": {"tree_width": 4, "tree_max_depth": 4},
     "hpt_upge": {},
     "hapo": {},

@@ -14,7 +14,7 @@ def read_results(folder: Path) -> dict[str, dict]:
 
 
 def summary_table(results: dict[str, dict]) -> str:
-    """One row per method and combination of the catalogue: what was compared, the difference with its interval, the verdict."""
+    """One row per method and combination: what was compared, the difference with its interval, the verdict."""
     rows = ["| method | compared | difference [95 % interval] | smallest effect | verdict |", "|---|---|---|---|---|"]
     for name in (*METHODS, *COMBINATIONS):
         if name not in results:

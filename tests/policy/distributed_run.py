@@ -34,6 +34,8 @@ RUNS = {
     "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
     "accumulated": (["oblr_po"], {}),
     "disco": (["disco"], EVERY_ROW | {"num_iterations": 2, "disco_kl": "k3", "disco_delta": 0.0}),
+    # A group of eight lies on two ranks
+    "two_stage_math": (["two_stage_math"], EVERY_ROW | {"num_generations": 8}),
     "searching": (["deepsearch"], EVERY_ROW | {"num_generations": 8, "replay_accuracy_max": 0.5}),
     # One group on two ranks, one of which searches while the other only keeps up
     "idle_rank": (["deepsearch"], EVERY_ROW | {"num_generations": 16, "tree_selection": "uct"}),

@@ -98,6 +98,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
     normalizers whatever it is. TRL's `clip_ratio/*` are logged although nothing is clipped.
 
     Relations:
+        Of a reward, DisCO sees whether it is above the threshold: what others add for length or style does not count.
         Lp-Reg's penalty adds to DisCO as to GRPO; ratios it would trust are trusted here anyway. Methods that replace
         the loss of single tokens or give them advantages of their own are refused. DLER's filter keeps the very
         questions that have answers of both kinds; set `advantage_whitening="none"`.
@@ -118,7 +119,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
         name="disco",
         summary="Tells right from wrong answers by unclipped scores, hard negatives first, in a trust region",
         extends=("prepare_objective",),
-        replaces={stage: {"disco_score": "none"} for stage in ("scale", "trust_region", "objective")},
+        replaces={stage: {"disco_score": "none"} for stage in ("scale", "spread", "trust_region", "objective")},
         neutral={"disco_score": "none"},
         signal="disco/mixed_questions",
     )
@@ -148,8 +149,8 @@ class DiscoGRPOTrainer(PolicyTrainer):
         if args.disco_score == "none":
             return
         for other in cls.methods:
-            changed = _PER_TOKEN & {*other.extends, *other.replaces}
-            if other.name != "disco" and changed and any(getattr(args, k) != v for k, v in other.neutral.items()):
+            changed = _PER_TOKEN.intersection(other.extends)
+            if changed and any(getattr(args, k) != v for k, v in other.neutral.items()):
                 off = ", ".join(f"{name}={value!r}" for name, value in other.neutral.items())
                 raise ValueError(
                     f"Methods 'disco' and '{other.name}' do not combine: '{other.name}' changes single tokens in the "
@@ -191,22 +192,22 @@ class DiscoGRPOTrainer(PolicyTrainer):
         shares = answer_shares(scores, labels, record.group_ids, tau)
         divergence = sampling_divergence(stats.log_ratio, self.args.disco_kl)
         # Rows from elsewhere, or sampled with a hint, tell nothing about the step from the sampling policy
-        mean = self._mean_over_ranks(divergence, mask * (record.source == Source.POLICY).unsqueeze(1))
+        mean = self._micro_batch_mean(divergence, mask * (record.source == Source.POLICY).unsqueeze(1))
         penalty = constraint_weight(mean, self.args.disco_delta, self.args.disco_beta)
         self.log_metric("disco/kl", mean)
         self.log_metric("disco/constraint_active", (mean > self.args.disco_delta).float())
-        self._log_scores(scores.detach(), labels, shares, record.group_ids, tau)
+        self._log_answers(scores.detach(), labels, shares, record.group_ids, tau)
         weights = labels * shares / (record.statistics["disco/questions"] * tokens.clamp(min=1))
         loss = -weights.unsqueeze(1) * values + penalty * divergence / record.num_items_in_batch.clamp(min=1.0)
-        return self._divisor(record) * loss
+        return self._loss_divisor(record) * loss
 
-    def _mean_over_ranks(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _micro_batch_mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean over the tokens in `mask` of this micro-batch on every rank, without gradient."""
         sums = torch.stack([(values.detach() * mask).sum(), mask.sum()])
         total, count = self.accelerator.reduce(sums, reduction="sum")
         return total / count.clamp(min=1.0)
 
-    def _divisor(self, record: RolloutRecord) -> torch.Tensor:
+    def _loss_divisor(self, record: RolloutRecord) -> torch.Tensor:
         """What the reduction of `loss_type` divides the sum over the generation batch by, `(batch, 1)` or scalar."""
         if self.loss_type == "dapo":
             return record.num_items_in_batch.clamp(min=1.0)
@@ -214,7 +215,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
             return record.num_rows_in_batch * self.max_completion_length
         return record.num_rows_in_batch * record.loss_mask.sum(1, keepdim=True).clamp(min=1.0)
 
-    def _log_scores(self, scores, labels, shares, group_ids, tau) -> None:
+    def _log_answers(self, scores, labels, shares, group_ids, tau) -> None:
         right, wrong = (labels > 0) & (shares > 0), (labels < 0) & (shares > 0)
         self.log_mean("disco/score_right", (scores * right).sum(), right.sum())
         self.log_mean("disco/score_wrong", (scores * wrong).sum(), wrong.sum())
