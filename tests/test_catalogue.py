@@ -38,6 +38,7 @@ INCOMPATIBLE = {
     ("guide_grpo", "scaf_grpo"): ("repair", {"scaf_exempt_ratio": 1.0}),
     ("lite_ppo", "disco"): ("scale", {"disco_score": "none"}),
     ("dler", "disco"): ("scale", {"disco_score": "none"}),
+    ("disco", "hapo"): ("scale", {"disco_score": "none"}),
     ("disco", "deepsearch"): ("spread", {"disco_score": "none"}),
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
     ("constrained_rlhf", "two_stage_math"): ("combine_rewards", {"constraint_thresholds": None}),
