@@ -15,6 +15,7 @@ METHODS: dict[str, str] = {
     "dynamic_reward_weighting": "policy",
     "oblr_po": "policy",
     "disco": "policy",
+    "deepsearch": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",

@@ -45,6 +45,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "dynamic_reward_weighting": {},
     "oblr_po": {},
     "disco": {},
+    "deepsearch": {"tree_width": 4, "tree_max_depth": 4},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
