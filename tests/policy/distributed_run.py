@@ -34,6 +34,9 @@ RUNS = {
     "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
     "accumulated": (["oblr_po"], {}),
     "disco": (["disco"], EVERY_ROW | {"num_iterations": 2, "disco_kl": "k3", "disco_delta": 0.0}),
+    "searching": (["deepsearch"], EVERY_ROW | {"num_generations": 8, "replay_accuracy_max": 0.5}),
+    # One group on two ranks, one of which searches while the other only keeps up
+    "idle_rank": (["deepsearch"], EVERY_ROW | {"num_generations": 16, "tree_selection": "uct"}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
@@ -63,7 +66,8 @@ def keyed_completions(self, prompt_ids, *args, **kwargs):
         place = place if self.num_generations == 1 else place % self.num_generations
         digest = hashlib.sha256(f"{ids}-{place}-{self.state.global_step}".encode()).digest()
         rows.append([4 + byte % 60 for byte in digest[: 1 + digest[31] % 6]] + [self.eos_token_ids[0]])
-    return rows, None
+    # DeepSearch samples in steps
+    return [row[: self.generation_config.max_new_tokens] for row in rows], None
 
 
 def run(folder: Path, model: str, world: int) -> None:

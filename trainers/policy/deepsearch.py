@@ -43,6 +43,7 @@ class DeepsearchGRPOConfig(PolicyConfig):
         8,
         "Children of an expansion. `None` samples as GRPO does and gives the tokens of a completion one advantage.",
         ge=2,
+        optional=True,
     )
     tree_max_depth: int = method_field(
         64,
@@ -93,6 +94,7 @@ class DeepsearchGRPOConfig(PolicyConfig):
         "their right completions are kept and replayed next to new ones. `None` keeps none.",
         gt=0,
         le=1,
+        optional=True,
     )
     tree_dump_dir: str | None = method_field(None, "Folder for the search trees as JSON. `None` writes none.")
     tree_dump_steps: int = method_field(10, "Optimizer steps from one dump of trees to the next.", ge=1)
