@@ -35,6 +35,7 @@ INCOMPATIBLE = {
     ("guide_grpo", "scaf_grpo"): ("repair", {"scaf_exempt_ratio": 1.0}),
     ("lite_ppo", "disco"): ("scale", {"disco_score": "none"}),
     ("dler", "disco"): ("scale", {"disco_score": "none"}),
+    ("disco", "deepsearch"): ("spread", {"disco_score": "none"}),
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
 }
 
