@@ -1,4 +1,4 @@
-"""HPT: where rollouts fail, a demonstration teaches what GRPO cannot find; where they do not, rollouts go on teaching."""
+"""HPT: where rollouts fail, a demonstration teaches what GRPO cannot find; elsewhere rollouts go on teaching."""
 
 from statistics import fmean
 
