@@ -12,8 +12,8 @@ CLAIM = Claim(
     "rewards over a group's tokens, reaches a higher accuracy than DAPO, at a higher entropy.",
     figures="Qwen2.5-Math-7B, mean of six maths sets: 50.04 against DAPO's 46.97, single parts 48.0 to 48.9; "
     "Qwen3-14B: 62.09 against 58.06",
-    check="Two-digit sums, of which 30 % of the start model's answers give workings first. Its first token is open and "
-    "decides on the rest, and answers differ in length, as the group average over tokens needs. Two updates a "
+    check="Two-digit sums, of which 30 % of the start model's answers give workings first. Their first token is open "
+    "and decides on the rest, and answers differ in length, as the group average over tokens needs. Two updates a "
     "generation batch, so that ratios leave 1. Redistribution and clipping are also run without the other two parts.",
     task="addition",
     task_kwargs={"digits": 2, "workings_share": 0.3, "workings_error_share": 0.3},
