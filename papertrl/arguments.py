@@ -69,8 +69,9 @@ class JobArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards of policy methods: `exact_match`, `last_number_match`, TRL's by name, or dotted paths. "
-            "Defaults to the task's verifier."
+            "help": "Rewards of policy methods: `exact_match`, `last_number_match`, `boxed_match`, `boxed_format`, "
+            "`cosine_length:<reward>`, `relative_length:<reward>`, TRL's by name, or dotted paths. Defaults to the "
+            "task's verifier."
         },
     )
     gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
@@ -97,11 +98,13 @@ class Job:
     arguments: JobArguments
     methods: list[str]
     output_dir_given: bool
+    # Whether it starts from the embedded tiny model, which decides defaults; see EMBEDDED
+    embedded: bool
 
 
 @dataclass
 class Choice:
-    """What the command line says before any method is loaded."""
+    """What the command line says before any method is loaded: of one job, or of `stages` that follow each other."""
 
     methods: list[str]
     config: dict[str, Any]
@@ -109,6 +112,7 @@ class Choice:
     list_methods: bool
     help: bool
     debug: bool
+    stages: list["Choice"] = field(default_factory=list)
 
 
 def choose(argv: list[str]) -> Choice:
@@ -129,13 +133,37 @@ def choose(argv: list[str]) -> Choice:
     if known.method and known.methods:
         raise UsageError("`--method` and `--methods` are both given; list all methods after `--methods`.")
     config = read_config(known.config) if known.config else {}
+    stages = config.pop("stages", [])
     in_config = _named_methods(config)
-    names = known.methods or ([known.method] if known.method else in_config) or [DEFAULT_METHOD]
-    try:
-        methods = [find(name) for name in names]
-    except ValueError as error:
-        raise UsageError(str(error)) from error
-    return Choice(methods, config, rest, known.list_methods, known.help, known.debug)
+    on_command_line = known.methods or ([known.method] if known.method else [])
+    if stages and (on_command_line or in_config):
+        raise UsageError("Each of the config file's `stages` names its own `method`; do not name one for all.")
+
+    def chosen(names: list[str], settings: dict[str, Any]) -> Choice:
+        try:
+            methods = [find(name) for name in names or [DEFAULT_METHOD]]
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return Choice(methods, settings, rest, known.list_methods, known.help, known.debug)
+
+    choice = chosen(on_command_line or in_config, config)
+    for number, stage in enumerate(_listed_stages(stages), start=1):
+        settings = {**config, **stage}
+        names = _named_methods(settings)
+        if not names:
+            raise UsageError(
+                f"Stage {number} of the config file names no `method`; plain ones are `sft`, `grpo`, `dpo`."
+            )
+        choice.stages.append(chosen(names, settings))
+    return choice
+
+
+def _listed_stages(stages: Any) -> list[dict[str, Any]]:
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise UsageError(
+            "`stages` of the config file must be a list with one mapping of flags to values for each stage."
+        )
+    return stages
 
 
 def _named_methods(config: dict[str, Any]) -> list[str]:
@@ -232,7 +260,8 @@ def parse(choice: Choice) -> Job:
     flags = list(parser._actions)
     if not torch.accelerator.is_available():
         parser.set_defaults_with_config(bf16=False)
-    if not (choice.config.get("model_name_or_path") or _has_flag(choice.rest, "model_name_or_path")):
+    embedded = not (choice.config.get("model_name_or_path") or _has_flag(choice.rest, "model_name_or_path"))
+    if embedded:
         parser.set_defaults_with_config(**EMBEDDED_RUN, **EMBEDDED[trainer_class.family])
     unknown = [f"`{key}`" for key in choice.config if key not in {action.dest for action in flags}]
     if unknown:
@@ -249,7 +278,7 @@ def parse(choice: Choice) -> Job:
         options = [option for action in flags for option in action.option_strings]
         raise UsageError(_unknown_flags(rest, options, "command line"))
     given = "output_dir" in choice.config or _has_flag(choice.rest, "output_dir")
-    return Job(trainer_class, training, model, job, choice.methods, given)
+    return Job(trainer_class, training, model, job, choice.methods, given, embedded)
 
 
 def _has_flag(argv: list[str], name: str) -> bool:

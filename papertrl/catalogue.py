@@ -11,7 +11,13 @@ METHODS: dict[str, str] = {
     "gain_rl": "policy",
     "guide_grpo": "policy",
     "scaf_grpo": "policy",
+    "constrained_rlhf": "policy",
+    "dynamic_reward_weighting": "policy",
     "oblr_po": "policy",
+    "disco": "policy",
+    "two_stage_math": "policy",
+    "deepsearch": "policy",
+    "hpt_upge": "policy",
     "hapo": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
@@ -19,7 +25,16 @@ METHODS: dict[str, str] = {
     "asft": "supervised",
 }
 
+# Methods that go together, with a recipe and a claim of their own
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "hpt_scaf": ("hpt_upge", "scaf_grpo"),
+    "guide_lp_reg_dler": ("guide_grpo", "lp_reg", "dler"),
+    "gain_rl_d3s_hapo": ("gain_rl", "d3s", "hapo"),
+}
+
 SUFFIXES = {"policy": "GRPO", "preference": "DPO", "supervised": "SFT"}
+# The trainers without a method, which train as TRL's do, by the name under which a job asks for them
+PLAIN = {suffix.lower(): family for family, suffix in SUFFIXES.items()}
 BASES = {"policy": "PolicyTrainer", "preference": "PreferenceTrainer", "supervised": "SupervisedTrainer"}
 
 
@@ -38,22 +53,27 @@ def class_stem(name: str) -> str:
 
 def find(name: str) -> str:
     """
-    Check a method's short name; hyphens and capitals do not matter.
+    Check a method's short name, or `grpo`, `dpo` or `sft` for none; hyphens and capitals do not matter.
 
     Raises:
         `ValueError`: if there is no such method; the message suggests the nearest names.
     """
     key = name.lower().replace("-", "_")
-    if key not in METHODS:
+    if key not in METHODS and key not in PLAIN:
         near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
-        raise ValueError(f"Unknown method '{name}'. {hint}Methods are: {', '.join(METHODS)}.")
+        raise ValueError(
+            f"Unknown method '{name}'. {hint}Methods are: {', '.join(METHODS)}; without a method: {', '.join(PLAIN)}."
+        )
     return key
 
 
 def load_trainer(name: str) -> type:
-    """Trainer class of the method with this short name."""
+    """Trainer class of the method with this short name, or the base of a family."""
     key = find(name)
+    if key in PLAIN:
+        family = PLAIN[key]
+        return getattr(importlib.import_module(f"papertrl.trainers.{family}.base"), BASES[family])
     return getattr(importlib.import_module(f"papertrl.trainers.{METHODS[key]}.{key}"), class_stem(key) + "Trainer")
 
 

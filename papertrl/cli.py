@@ -33,9 +33,10 @@ usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECI
 Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
 two minutes on two CPU cores, without network.
 
-  --method NAME             one method; `papertrl methods` lists them
+  --method NAME             one method; `papertrl methods` lists them. `sft`, `dpo` and `grpo` train without one
   --methods A B ...         several methods of one family, combined
-  --config NAME             YAML file, or the recipe of a method, such as `lp_reg`
+  --config NAME             YAML file, or the recipe of a method, such as `lp_reg`; one with `stages`, such as
+                            `two_stage_math`, runs several jobs, each on the model of the one before
   --model_name_or_path ID   Hub id or folder; `smollm2` for the packaged SmolLM2-135M-Instruct
   --task NAME               `addition`, `automaton`, `countdown`, `marker`, `mixture`, `sorting`, `tool_call`, or
                             `reasoning_gym:<generator>`
@@ -101,7 +102,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     if choice.help:
         named = any(arg.split("=")[0] in ("--method", "--methods", "--config") for arg in rest)
-        print(method_help(choice) if named else USAGE, end="")
+        print("\n\n".join(map(method_help, choice.stages or [choice])) if named else USAGE, end="")
         return 0
     return _train(choice, argv)
 
@@ -124,13 +125,17 @@ def _train(choice: Choice, argv: list[str]) -> int:
         warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
 
+    from .staged import run_stages, table
     from .training import run
 
     disable_progress_bar()
-
-    finished = run(parse(choice), argv)
+    if choice.stages:
+        stages = run_stages(choice, argv)
+        text = f"{table(stages.rows)}\nstages:     {stages.output_dir}"
+    else:
+        text = summary(run(parse(choice), argv))
     if os.environ.get("RANK", "0") == "0":
-        print(summary(finished))
+        print(text)
     return 0
 
 

@@ -24,15 +24,23 @@ class Answers:
             Completions without special tokens.
         scores (`list[float]`):
             What the judges gave each, averaged over the judges that apply.
+        lengths (`list[int]`):
+            Tokens of each text.
     """
 
     texts: list[str]
     scores: list[float]
+    lengths: list[int]
 
     @property
     def mean(self) -> float:
         """Mean score."""
         return sum(self.scores) / len(self.scores)
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of tokens."""
+        return sum(self.lengths) / len(self.lengths)
 
 
 class HeldOut(TrainerCallback):
@@ -87,7 +95,8 @@ class HeldOut(TrainerCallback):
             ]
             model.train(was_training)
         texts = gather_object(texts)[: len(self.problems)]
-        return Answers(texts, self._judge(texts))
+        ids = [self.trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
+        return Answers(texts, self._judge(texts, ids), [len(tokens) for tokens in ids])
 
     @torch.no_grad()
     def _generate(self, model: Any, prompts: list) -> list[str]:
@@ -110,12 +119,11 @@ class HeldOut(TrainerCallback):
         )
         return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    def _judge(self, texts: list[str]) -> list[float]:
+    def _judge(self, texts: list[str], ids: list[list[int]]) -> list[float]:
         prompts = list(self.problems["prompt"])
         plain = isinstance(prompts[0], str)
         completions = texts if plain else [[{"role": "assistant", "content": text}] for text in texts]
         columns = {name: list(self.problems[name]) for name in self.problems.column_names if name != "prompt"}
-        ids = [self.trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
         rows = zip(
             *(judge(prompts=prompts, completions=completions, completion_ids=ids, **columns) for judge in self.judges),
             strict=True,

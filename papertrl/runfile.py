@@ -237,7 +237,7 @@ def recipe(job: Any, run: dict[str, Any]) -> str:
     changed = {key: value for key, value in own.items() if value != defaults[key] and key != "overwrite_output_dir"}
     changed_model = {key: value for key, value in model.items() if value != model_defaults[key]}
     # Defaults of a job without model are not TRL's; a value that equals TRL's must be told as well
-    embedded = {**EMBEDDED_RUN, **EMBEDDED[job.trainer_class.family]} if job.model.model_name_or_path is None else {}
+    embedded = {**EMBEDDED_RUN, **EMBEDDED[job.trainer_class.family]} if job.embedded else {}
     told = {key: plain(getattr(job.training, key)) for key in embedded if hasattr(job.training, key)}
     told = {key: value for key, value in told.items() if key not in NO_CONFIGURATION}
     content = {"methods": job.methods} | scrub(changed_model | changed) | told | run["config"]

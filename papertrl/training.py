@@ -103,7 +103,7 @@ def run(job: Job, command: list[str]) -> Finished:
 
 def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
     state = PartialState()
-    limit_threads(state, tiny=job.model.model_name_or_path is None)
+    limit_threads(state, tiny=job.embedded)
     output = claim_output_dir(job, state)
     set_seed(job.training.seed)
     task = task_of(job.arguments)
@@ -113,7 +113,7 @@ def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
     before = held_out and held_out.answer()
     if before and state.is_main_process and not job.training.resume_from_checkpoint:
         MetricsFile(output / METRICS_FILE).write({"step": 0, f"held_out/{data.measure}": before.mean})
-    trainer.train(resume_from_checkpoint=_resume(job))
+    trainer.train(resume_from_checkpoint=resumed_from(job))
     if stop.received:
         raise Interrupted(stop.received, _how_to_resume(stop.received, trainer.state.global_step, output, command))
     after = held_out and held_out.answer()
@@ -144,30 +144,42 @@ def claim_output_dir(job: Job, state: PartialState) -> Path:
     Raises:
         [`JobError`]: if it is a file, cannot be written, or holds another run.
     """
+    job.training.output_dir = decided_by_main(state, lambda: _claim(job))
+    return Path(job.training.output_dir)
+
+
+def decided_by_main(state: PartialState, decide: Callable[[], Any]) -> Any:
+    """
+    What `decide` returns on the main process, on all of them.
+
+    Raises:
+        [`JobError`]: on all of them, if it does there.
+    """
     outcome: list[Any] = [None]
     if state.is_main_process:
         try:
-            outcome[0] = _claim(job)
+            outcome[0] = decide()
         except JobError as error:
             outcome[0] = error
     if state.num_processes > 1:
         broadcast_object_list(outcome)
     if isinstance(outcome[0], JobError):
         raise outcome[0]
-    job.training.output_dir = outcome[0]
-    return Path(outcome[0])
+    return outcome[0]
+
+
+def free_folder(job: Job, methods: list[str]) -> Path:
+    """The first of `runs/<methods>-<data>-<number>` that does not exist."""
+    subject = job.arguments.dataset_name or job.arguments.task or "addition"
+    stem = "_".join(methods) + "-" + Path(subject).stem.replace(":", "-")
+    number = 1
+    while Path("runs", f"{stem}-{number}").exists():
+        number += 1
+    return Path("runs", f"{stem}-{number}")
 
 
 def _claim(job: Job) -> str:
-    if not job.output_dir_given:
-        subject = job.arguments.dataset_name or job.arguments.task or "addition"
-        stem = "_".join(job.methods) + "-" + Path(subject).stem.replace(":", "-")
-        number = 1
-        while Path("runs", f"{stem}-{number}").exists():
-            number += 1
-        path = Path("runs", f"{stem}-{number}")
-    else:
-        path = Path(job.training.output_dir)
+    path = Path(job.training.output_dir) if job.output_dir_given else free_folder(job, job.methods)
     if path.exists() and not path.is_dir():
         raise JobError(f"`output_dir`: '{path}' is a file. Choose a folder.")
     held = [name for name in RUN_FILES if (path / name).exists()] + [p.name for p in path.glob("checkpoint-*")]
@@ -192,7 +204,8 @@ def _claim(job: Job) -> str:
     return str(path)
 
 
-def _resume(job: Job) -> str | bool | None:
+def resumed_from(job: Job) -> str | bool | None:
+    """Checkpoint to go on from: a folder, `True` for the newest one, or `None`."""
     value = job.training.resume_from_checkpoint
     return {"true": True, "false": None}.get(str(value).lower(), value)
 

@@ -60,6 +60,48 @@ def last_number_match(completions: list[Completion], answer: list[str], **kwargs
     ]
 
 
+def boxed_match(completions: list[Completion], answer: list[str], **kwargs) -> list[float]:
+    r"""
+    1.0 where the first `\boxed{...}` of the completion holds the answer, as text or as a number; else 0.0.
+
+    Args:
+        completions (`list[str]` or `list[list[dict]]`):
+            Completions, plain or conversational.
+        answer (`list[str]`):
+            The dataset's column `answer`.
+
+    Relations: TRL's `accuracy_reward` also accepts equivalent expressions, and needs the package `math-verify`.
+
+    Example:
+
+    ```python
+    >>> boxed_match([r"So \boxed{12}.", r"\boxed{1{,}2}", "12"], answer=["12.0", "12", "12"])
+    [1.0, 0.0, 0.0]
+    ```
+    """
+    return [float(_same(boxed(completion_text(c)), str(a))) for c, a in zip(completions, answer, strict=True)]
+
+
+def boxed(text: str) -> str | None:
+    r"""Content of the first `\boxed{...}` in a text, with braces inside it paired; `None` if there is none."""
+    _, opening, rest = text.partition("\\boxed{")
+    depth = 1
+    for place, character in enumerate(rest if opening else ""):
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth == 0:
+            return rest[:place]
+    return None
+
+
+def _same(found: str | None, answer: str) -> bool:
+    if found is None or found.strip() == answer.strip():
+        return found is not None
+    try:
+        return float(found.replace(",", "")) == float(answer.replace(",", ""))
+    except ValueError:
+        return False
+
+
 def _last_number(text: str) -> float | None:
     numbers = _NUMBER.findall(text)
     return float(numbers[-1].replace(",", "")) if numbers else None

@@ -6,9 +6,17 @@ import os
 import sys
 from collections.abc import Callable
 
-from .matching import exact_match, last_number_match
+from .length_shaping import boxed_format, cosine_length, relative_length
+from .matching import boxed_match, exact_match, last_number_match
 
-OURS: dict[str, Callable] = {"exact_match": exact_match, "last_number_match": last_number_match}
+OURS: dict[str, Callable] = {
+    "exact_match": exact_match,
+    "last_number_match": last_number_match,
+    "boxed_match": boxed_match,
+    "boxed_format": boxed_format,
+}
+# Rewards on the length of what another reward says is right: `cosine_length:exact_match`
+ON_LENGTH = ("cosine_length", "relative_length")
 FROM_TRL = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward", "get_soft_overlong_punishment")
 
 
@@ -18,10 +26,12 @@ def load_reward(name: str, max_completion_length: int) -> Callable:
 
     Args:
         name (`str`):
-            A name of this library (`exact_match`, `last_number_match`), one of TRL's, or a dotted path
-            `package.module.function`; modules of the working directory are found.
+            A name of this library, one of TRL's, or a dotted path `package.module.function`; modules of the working
+            directory are found. `cosine_length` and `relative_length` take the reward that says which completions are
+            right after a colon (default `boxed_match`).
         max_completion_length (`int`):
-            Length from which `get_soft_overlong_punishment` punishes in full; it starts at four fifths of it.
+            Length in tokens from which `get_soft_overlong_punishment` punishes in full; it starts at four fifths of
+            it. Also that from which `cosine_length` stays the same.
 
     Raises:
         `ValueError`: if there is no such function; the message lists what exists.
@@ -35,8 +45,14 @@ def load_reward(name: str, max_completion_length: int) -> Callable:
         if name == "get_soft_overlong_punishment":
             function = function(max_completion_length, max(1, max_completion_length // 5))
         return function
+    shape, _, verifier = name.partition(":")
+    if shape in ON_LENGTH:
+        correct = load_reward(verifier, max_completion_length) if verifier else boxed_match
+        if shape == "cosine_length":
+            return cosine_length(correct, max_completion_length, "tokens")
+        return relative_length(correct, "tokens")
     if "." not in name:
-        known = [*OURS, *FROM_TRL]
+        known = [*OURS, *ON_LENGTH, *FROM_TRL]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"Did you mean '{near[0]}'? " if near else ""
         raise ValueError(

@@ -1,10 +1,11 @@
-"""Write the generated tables: the catalogue and the evidence. Run it after adding a method or measuring a claim."""
+"""Write what pages state about methods: catalogue, users of stages, evidence. Run it after adding or measuring one."""
 
 import re
 from pathlib import Path
 
-from papertrl.catalogue import method_table
+from papertrl.catalogue import METHODS, load_trainer, method_table
 from papertrl.evidence.tables import evidence_sections, read_results, summary_table
+from papertrl.trainers.method import Method
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,6 +20,29 @@ def main() -> None:
         ("docs/evidence.md", "evidence sections", evidence_sections(results)),
     ):
         write(ROOT / page, mark, text)
+    stages = ROOT / "docs/stages.md"
+    stages.write_text(with_users(stages.read_text()))
+
+
+def with_users(page: str) -> str:
+    """The page of stages with the last column of its tables, who uses a stage, as the methods declare it."""
+    trainers = [load_trainer(name) for name in METHODS]
+    family = ""
+
+    def row(match: re.Match) -> str:
+        users = [t.method.name for t in trainers if t.family == family and uses(t.method, match[2])]
+        return f"{match[1]} {', '.join(f'`{name}`' for name in users)} |".replace("  |", " |")
+
+    lines = []
+    for line in page.split("\n"):
+        if line.startswith("## "):
+            family = line.removeprefix("## ").split(":")[0].lower()
+        lines.append(re.sub(r"^(\| `(\w+)` \| `\w+\(.*\|)[^|]*\|$", row, line))
+    return "\n".join(lines)
+
+
+def uses(method: Method, stage: str) -> bool:
+    return stage in method.extends or stage in method.replaces
 
 
 def write(path: Path, mark: str, text: str) -> None:

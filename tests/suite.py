@@ -41,7 +41,13 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "gain_rl": {"gain_sigma": 0.2, "gain_step": 0.3, "gain_beta": 0.1},
     "guide_grpo": {"guide_max_resample_batches": 1},
     "scaf_grpo": {"scaf_exempt_ratio": 0.0, "num_generations": 2},
+    "constrained_rlhf": {"constraint_thresholds": {"digit_parity": 0.9}},
+    "dynamic_reward_weighting": {},
     "oblr_po": {},
+    "disco": {},
+    "two_stage_math": {},
+    "deepsearch": {"tree_width": 4, "tree_max_depth": 4},
+    "hpt_upge": {},
     "hapo": {},
     "ln_dpo": {},
     "rpo": {},
@@ -60,8 +66,11 @@ def every_fourth(completions, **kwargs):
     return [float(sum(map(ord, text)) % 4 == 0) for text in completions]
 
 
+# Settings name the reward, whichever it is
+every_fourth.__name__ = digit_parity.__name__
+
 # Methods that act on groups that fail
-ON_FAILURE = {"guide_grpo", "scaf_grpo"}
+ON_FAILURE = {"guide_grpo", "scaf_grpo", "hpt_upge"}
 
 
 def reward_of(trainer_class: type):
@@ -73,7 +82,8 @@ def dataset(family: str) -> Dataset:
     prompts = [f"{i}+{i + 1}=" for i in numbers]
     if family == "policy":
         hints = [[f"{prompt}[1]", f"{prompt}[11]", f"{prompt}[111]"] for prompt in prompts]
-        return Dataset.from_dict({"prompt": prompts, "hints": hints, "hint": [ladder[-1] for ladder in hints]})
+        columns = {"hints": hints, "hint": [ladder[-1] for ladder in hints]}
+        return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
         return Dataset.from_dict(
             {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}

@@ -126,9 +126,10 @@ class MethodTrainer:
                 for stage in first.replaces.keys() & second.replaces.keys():
                     if active(first, stage) and active(second, stage):
                         ways = " or ".join(
-                            f"{name}={value!r} ('{m.name}' then leaves the stage alone)"
+                            " and ".join(f"{name}={value!r}" for name, value in m.replaces[stage].items())
+                            + f" ('{m.name}' then leaves the stage alone)"
                             for m in (first, second)
-                            for name, value in m.replaces[stage].items()
+                            if m.replaces[stage]
                         )
                         raise ValueError(
                             f"Methods '{first.name}' and '{second.name}' do not combine as they are: both replace the "
@@ -353,7 +354,7 @@ def compose(*trainers: type, name: str | None = None) -> type:
             Name of the class. Defaults to the methods' names run together.
 
     Raises:
-        `TypeError`: if there are none, they are of different families, or one is listed twice.
+        `TypeError`: if there are none, they are of different families, one is listed twice, or has no method.
 
     Example:
 
@@ -365,6 +366,9 @@ def compose(*trainers: type, name: str | None = None) -> type:
     """
     if not trainers:
         raise TypeError("`compose` needs at least one trainer.")
+    bases = [t.__name__ for t in trainers if not t.methods]
+    if bases and len(trainers) > 1:
+        raise TypeError(f"`compose`: {bases} have no method; leave them out, every other trainer builds on its base.")
     if len(set(trainers)) != len(trainers):
         raise TypeError(f"`compose`: a method is listed twice in {[t.__name__ for t in trainers]}.")
     families = {t.__name__: t.family for t in trainers}

@@ -38,26 +38,37 @@ def backbone(model: nn.Module) -> nn.Module:
     return causal_lm(model).base_model
 
 
-def last_mlp(model: nn.Module) -> nn.Module:
-    """The MLP block of [`last_layer`], whose input is the normalized residual stream."""
-    return last_layer(model).mlp
-
-
-def last_layer(model: nn.Module) -> nn.Module:
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """
-    The last decoder layer.
+    The decoder layers of a causal LM, in order.
+
+    Raises:
+        `ValueError`: if the model is not a stack of decoder layers.
+    """
+    depth = model.config.get_text_config().num_hidden_layers
+    for module in backbone(model).modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ValueError(
+        f"`{type(causal_lm(model)).__name__}` has no list of {depth} decoder layers, which this method reads. Use a "
+        "decoder-only text model."
+    )
+
+
+def last_mlp(model: nn.Module) -> nn.Module:
+    """
+    The MLP block of the last decoder layer, whose input is the normalized residual stream.
 
     Raises:
         `ValueError`: if the model is not a stack of decoder layers that each have an `mlp`.
     """
-    depth = model.config.get_text_config().num_hidden_layers
-    for module in backbone(model).modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth and hasattr(module[-1], "mlp"):
-            return module[-1]
-    raise ValueError(
-        f"`{type(causal_lm(model)).__name__}` has no list of {depth} decoder layers with an `mlp` each, of which this "
-        "method reads the last. Use a decoder-only text model."
-    )
+    layer = decoder_layers(model)[-1]
+    if not hasattr(layer, "mlp"):
+        raise ValueError(
+            f"The decoder layers of `{type(causal_lm(model)).__name__}` have no `mlp`, whose input this method reads. "
+            "Use another model."
+        )
+    return layer.mlp
 
 
 @dataclass

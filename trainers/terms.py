@@ -20,12 +20,16 @@ class LossTerm:
             to loss or gradient, but must be finite.
         coef (`float`, *optional*, defaults to `1.0`):
             Weight of the term in the total.
+        per (`float`, *optional*):
+            What the sum over a whole generation batch is divided by. Defaults to the normalizer of the policy loss;
+            row weights, which are the policy loss's, then apply. Policy family only.
     """
 
     name: str
     values: torch.Tensor
     mask: torch.Tensor | None = None
     coef: float = 1.0
+    per: float | None = None
 
     def sum(self) -> torch.Tensor:
         """Sum of the values that count."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..catalogue import METHODS, find
+from ..catalogue import COMBINATIONS, METHODS, find
 from ..errors import UsageError
 from ..tasks import Task, load_task
 from .verdict import Summary, final
@@ -135,7 +135,7 @@ class Claim:
 
     Args:
         method (`str`):
-            Method of the catalogue.
+            Method or combination of the catalogue.
         statement (`str`):
             What the paper claims, in our words.
         figures (`str`):
@@ -156,6 +156,8 @@ class Claim:
             [`Probe`] → named numbers, taken before training and at `evaluations` points of it.
         start ([`Start`]):
             Checkpoint.
+        rewards (`tuple[Callable, ...]`, *optional*):
+            Reward functions to train on. Defaults to the task's verifier.
         data (`Callable`, *optional*):
             (task, number of problems, seed) → training rows. Defaults to the family's view of the task's problems.
         train_problems (`int`), held_out (`int`):
@@ -183,6 +185,7 @@ class Claim:
     measures: tuple[Callable, ...]
     task_kwargs: Mapping[str, Any] = field(default_factory=dict)
     start: Start = Start()
+    rewards: tuple[Callable, ...] = ()
     data: Callable[[Task, int, int], Dataset] | None = None
     train_problems: int = 4000
     held_out: int = 256
@@ -205,8 +208,8 @@ class Claim:
 
     @property
     def family(self) -> str:
-        """Family of the method."""
-        return METHODS[self.method]
+        """Family of the methods."""
+        return METHODS[COMBINATIONS.get(self.method, (self.method,))[0]]
 
     def make_task(self, **overrides: Any) -> Task:
         """The task, with the claim's settings."""
@@ -231,13 +234,14 @@ class Claim:
 
 def load_claim(method: str) -> Claim:
     """
-    Claim of a method.
+    Claim of a method, or of a combination.
 
     Raises:
         [`~papertrl.errors.UsageError`]: if there is no such method, or it has no claim.
     """
+    name = method.replace("-", "_")
     try:
-        name = find(method)
+        name = name if name in COMBINATIONS else find(method)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if name not in claimed():
@@ -246,5 +250,7 @@ def load_claim(method: str) -> Claim:
 
 
 def claimed() -> list[str]:
-    """Methods of the catalogue that have a claim, in its order."""
-    return [name for name in METHODS if importlib.util.find_spec(f"papertrl.claims.{name}") is not None]
+    """Methods and combinations of the catalogue that have a claim, in its order."""
+    return [
+        name for name in (*METHODS, *COMBINATIONS) if importlib.util.find_spec(f"papertrl.claims.{name}") is not None
+    ]

@@ -81,7 +81,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
             args=trainer_class.config_class(output_dir=output, seed=seed, **settings),
             train_dataset=claim.training_rows(task, seed),
             processing_class=AutoTokenizer.from_pretrained(start_path),
-            **({"reward_funcs": [task.reward]} if claim.family == "policy" else {}),
+            **({"reward_funcs": list(claim.rewards) or [task.reward]} if claim.family == "policy" else {}),
         )
         trainer.remove_callback(PrinterCallback)
         _, problems = task.splits(claim.train_problems, claim.held_out, seed)

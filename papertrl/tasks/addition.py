@@ -32,7 +32,7 @@ class AdditionTask(VerifiedTask):
             Narrowest operands of a mixture: each problem draws its width between this and `digits`, which the column
             `difficulty` holds. Unset, all problems are `digits` wide.
         workings_share (`float`, *optional*, defaults to `0.0`):
-            Share of the demonstrations that give workings.
+            Share of the demonstrations, and of the right answers of [`supervised`], that give workings.
         workings_error_share (`float`, *optional*, defaults to `0.0`):
             Share of those that forget the carries; the direct ones do so at the `error_share` of [`demonstrations`].
         hint_share (`float`, *optional*, defaults to `0.0`):
@@ -114,9 +114,19 @@ class AdditionTask(VerifiedTask):
     def demonstrate(self, row: dict[str, Any], rng: random.Random, error_share: float) -> str:
         works = self.workings_share > 0 and rng.random() < self.workings_share
         errs = rng.random() < (self.workings_error_share if works else error_share)
-        left, _, right = row["prompt"].removesuffix("=").partition("+")
+        left, right = summands(row["prompt"])
         answer = f"{without_carry(int(left), int(right)):0{len(left) + 1}}" if errs else row["answer"]
         return f"{workings(left, right, carries=not errs)};{answer}" if works else answer
+
+    def supervised(self, problems: Dataset, error_share: float = 0.0, seed: int = 0) -> Dataset:
+        """The problems as `prompt` and `completion`; of the right answers, `workings_share` give workings."""
+        plain = super().supervised(problems, error_share, seed)
+        rng = random.Random(f"workings-{seed}")
+        completions = [
+            f"{workings(*summands(prompt))};{text}" if text == right and rng.random() < self.workings_share else text
+            for prompt, text, right in zip(plain["prompt"], plain["completion"], problems["answer"], strict=True)
+        ]
+        return Dataset.from_dict({"prompt": list(plain["prompt"]), "completion": completions})
 
     def score(self, text: str, answer: str) -> float:
         return exact_match([text.rpartition(";")[2]], [answer])[0]
@@ -129,6 +139,12 @@ class AdditionTask(VerifiedTask):
 def split_of(a: int, b: int) -> str:
     """Split to which the sum of `a` and `b`, in either order, belongs."""
     return hash_split(f"{min(a, b)},{max(a, b)}")
+
+
+def summands(prompt: str) -> tuple[str, str]:
+    """The two numbers of a prompt such as `07+45=`."""
+    left, _, right = prompt.removesuffix("=").partition("+")
+    return left, right
 
 
 def workings(left: str, right: str, carries: bool = True) -> str:

@@ -62,7 +62,9 @@ def test_recipes_parse():
     import papertrl.recipes
 
     for recipe in Path(papertrl.recipes.__file__).parent.glob("*.yaml"):
-        assert job("--config", recipe.stem, "--output_dir", "x").methods, recipe
+        choice = choose(["--config", recipe.stem, "--output_dir", "x"])
+        for one in choice.stages or [choice]:
+            assert parse(one).methods, recipe
 
 
 @pytest.mark.parametrize(

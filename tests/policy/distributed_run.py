@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from papertrl.catalogue import load_trainer
 from papertrl.trainers.method import compose
 
-from ..suite import active_config, dataset, history, reward_of, weights
+from ..suite import active_config, dataset, digit_parity, history, reward_of, weights
 
 EVERY_ROW = {"skip_zero_rows": False}
 LOOSE = EVERY_ROW | {"truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
@@ -30,12 +30,34 @@ RUNS = {
         LOOSE | {"num_generations": 8, "guide_reroll_threshold": 0.4},
     ),
     "scaffolded": (["scaf_grpo", "lite_ppo"], EVERY_ROW),
+    "constrained": (["constrained_rlhf", "dler"], EVERY_ROW | {"truncation_length": 6, "num_generations": 8}),
+    "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
     "accumulated": (["oblr_po"], {}),
+    "disco": (["disco"], EVERY_ROW | {"num_iterations": 2, "disco_kl": "k3", "disco_delta": 0.0}),
+    # A group of eight lies on two ranks
+    "two_stage_math": (["two_stage_math"], EVERY_ROW | {"num_generations": 8}),
+    "searching": (["deepsearch"], EVERY_ROW | {"num_generations": 8, "replay_accuracy_max": 0.5}),
+    # One group on two ranks, one of which searches while the other only keeps up
+    "idle_rank": (["deepsearch"], EVERY_ROW | {"num_generations": 16, "tree_selection": "uct"}),
+    # Demonstrations may all lie on one rank
+    "demonstrated": (["hpt_upge", "guide_grpo"], EVERY_ROW | {"upge_instance": "gspo", "hpt_gate": 0.3}),
+    "demonstrated_straddling": (
+        ["hpt_upge", "d3s"],
+        EVERY_ROW | {"num_generations": 8, "hpt_mode": "soft", "loss_type": "dapo"},
+    ),
+    "skipping_demonstrated": (["hpt_upge"], {"upge_instance": "reinforce"}),
     "entropies": (["hapo"], EVERY_ROW | {"num_iterations": 2}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 
 
+def brevity(completions, **kwargs):
+    """Reward 1 for fewer than four characters."""
+    return [float(len(text) < 4) for text in completions]
+
+
+# Runs on more than one reward
+REWARDS = {"gradient_weighting": [digit_parity, brevity]}
 # Runs that compare micro-batches: as many of them, with the same rows, on either number of processes
 ALIKE = {"accumulated"}
 
@@ -54,7 +76,8 @@ def keyed_completions(self, prompt_ids, *args, **kwargs):
         place = place if self.num_generations == 1 else place % self.num_generations
         digest = hashlib.sha256(f"{ids}-{place}-{self.state.global_step}".encode()).digest()
         rows.append([4 + byte % 60 for byte in digest[: 1 + digest[31] % 6]] + [self.eos_token_ids[0]])
-    return rows, None
+    # DeepSearch samples in steps
+    return [row[: self.generation_config.max_new_tokens] for row in rows], None
 
 
 def run(folder: Path, model: str, world: int) -> None:
@@ -82,7 +105,9 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
         learning_rate=0.1,
         max_steps=4,
     )
-    trainer = trainer_class(model, [reward_of(trainer_class)], args, train_dataset=dataset("policy"))
+    trainer = trainer_class(
+        model, REWARDS.get(label, [reward_of(trainer_class)]), args, train_dataset=dataset("policy")
+    )
     trainer.train()
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -38,11 +38,12 @@ def checksum(completions, **kwargs):
     return [float(sum(map(ord, text)) % 2) for text in completions]
 
 
-def make(trainer_class, model, output_dir, reward=checksum, data=None, **values):
-    """A recorded `trainer_class` on quiet settings."""
+def make(trainer_class, model, output_dir, reward=checksum, data=None, eval_data=None, **values):
+    """A recorded `trainer_class` on quiet settings; `reward` is one reward function or a list of them."""
     args = trainer_class.config_class(**settings("policy", output_dir, **({"check_records": True} | values)))
     data = dataset("policy") if data is None else data
-    return recorded(trainer_class)(model, [reward], args, train_dataset=data)
+    rewards = reward if isinstance(reward, list) else [reward]
+    return recorded(trainer_class)(model, rewards, args, train_dataset=data, eval_dataset=eval_data)
 
 
 def run(*args, **kwargs):

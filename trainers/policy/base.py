@@ -34,6 +34,7 @@ PINNED = {
     "trl.trainer.grpo_trainer.GRPOTrainer._save_checkpoint": "ec91bde1236491119dc68afed1d02f08",
     "trl.trainer.grpo_trainer.GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd7fdb07894217ecdb6dd7",
     "transformers.trainer.Trainer._get_grad_norm": "913ba6f52f074d10a4981ffcaac608e9",
+    "transformers.trainer.Trainer._evaluate": "64dfb995ce2027daf172a4f807e3d8fc",
     "trl.trainer.utils.RepeatSampler": "ba139f4a43eeecd4976bc51c850039df",
     "trl.trainer.utils.add_fused_lm_head": "422d009f04b66659982f9545a90d560b",
     "trl.trainer.utils.maybe_gather_lm_head_ctx": "d4d59d01150623ce15106e71fcf519a2",
@@ -96,10 +97,11 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
     | combine rewards | `combine_rewards` | rewards `(rows, sources)` → `(rows,)` |
     | baseline | `baseline` | combined rewards → what is subtracted `(rows,)` |
     | scale | `scale` | centered rewards → advantages `(rows,)` |
+    | advantages | `advantages` | the three stages above, for all sources at once |
     | spread | `spread` | advantages `(rows,)` → of tokens |
     | select | `select` | record → loss mask and row weights |
     | prepare objective | `prepare_objective` | selected record → batch-wide thresholds in `record.statistics` |
-    | feedback | `observe_batch` | rewards, advantages → state of the next choice |
+    | feedback | `observe_batch`, `observe_evaluation` | rewards, advantages → state of the next choice |
     | trust region | `trust_region` | ratios and the range in which they are trusted |
     | objective | `objective`, `divergence` | statistics of the gradient pass → per-token loss |
     | extra terms | `extra_terms` | statistics of the gradient pass → named terms |
@@ -123,6 +125,7 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         "combine_rewards",
         "baseline",
         "scale",
+        "advantages",
         "spread",
         "select",
         "prepare_objective",
@@ -226,6 +229,15 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
             std = group_std(rewards, scored.group_ids)
         return centered / (std + 1e-4)
 
+    def advantages(self, scored: ScoredBatch, record: RolloutRecord) -> torch.Tensor:
+        """
+        Stage *advantages*: `(rows,)`, from the three stages before; NaN on rows that no source scored.
+
+        For methods that weigh sources after each was scaled, with [`scaled`], or by what `record` holds. Its
+        `advantages` are not set yet.
+        """
+        return self.scaled(scored, self.combine_rewards(scored))
+
     def spread(self, record: RolloutRecord, scored: ScoredBatch) -> None:
         """
         Stage *spread*: change `record.advantages`, from `(batch,)` to `(batch, time)` where tokens differ, in place.
@@ -246,6 +258,9 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         """Stage *feedback*: update state from a finished batch; from values that are the same on every rank."""
 
+    def observe_evaluation(self, metrics: dict[str, float]) -> None:
+        """Stage *feedback*: update state from the metrics of an evaluation during training, the same on every rank."""
+
     def after_backward(self) -> None:
         """Stage *after backward*: the gradient of one more micro-batch of this rank has been added."""
 
@@ -262,6 +277,10 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         """
 
     # --- Services for stages ------------------------------------------------------------------------------------
+
+    def scaled(self, scored: ScoredBatch, rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages `(rows,)` of one reward per row, by the stages *baseline* and *scale*."""
+        return self.scale(scored, rewards, rewards - self.baseline(scored, rewards))
 
     def solved(self, scored: ScoredBatch) -> torch.Tensor:
         """Rows `(rows,)` whose weighted reward, after the stage *score*, is above `success_threshold`."""
@@ -313,10 +332,7 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         self._account_for_sampled_prompts(record)
         if needs:
             self.collect_statistics(record, scored, self._old_pass or self._make_old_pass(record))
-        rewards = self.combine_rewards(scored)
-        centered = rewards - self.baseline(scored, rewards)
-        advantages = torch.nan_to_num(self.scale(scored, rewards, centered), nan=0.0)
-        scored.advantages = advantages * scored.usable
+        scored.advantages = torch.nan_to_num(self.advantages(scored, record), nan=0.0) * scored.usable
         scored.validate()
         self._log_advantages(scored.advantages)
         record.advantages = scored.advantages[scored.local].clone()
@@ -343,6 +359,11 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         grad_norm = super()._get_grad_norm(model, grad_norm)
         self.before_update(grad_norm)
         return grad_norm
+
+    def _evaluate(self, *args, **kwargs):
+        metrics = super()._evaluate(*args, **kwargs)
+        self.observe_evaluation(metrics)
+        return metrics
 
     # --- Accounts -----------------------------------------------------------------------------------------------
 

@@ -134,7 +134,10 @@ class PolicyObjective(GRPOTrainer):
             self.log_mean("kl", (divergence * record.loss_mask).sum(), record.loss_mask.sum())
         loss, logged_loss = self._aggregate(per_token_loss, record)
         for term in self.extra_terms(stats, record):
-            value, _ = self._aggregate(term.values if term.mask is None else term.values * term.mask, record)
+            if term.per is None:
+                value, _ = self._aggregate(term.values if term.mask is None else term.values * term.mask, record)
+            else:
+                value = term.sum() * self._micro_batches_per_generation() / (term.per * self._steps_per_update())
             loss = loss + term.coef * value
             self.log_mean(f"loss/{term.name}", term.sum(), term.count())
         loss = self._add_trl_terms(loss, logged_loss, stats, record)
@@ -193,9 +196,7 @@ class PolicyObjective(GRPOTrainer):
         """
         values = column(values) * record.row_weight.unsqueeze(1)
         mask = record.loss_mask
-        train = self.model.training
-        steps = self.current_gradient_accumulation_steps if train else 1.0
-        micro_batches = self.accelerator.num_processes * (self.args.steps_per_generation if train else 1)
+        steps, micro_batches = self._steps_per_update(), self._micro_batches_per_generation()
         if self.loss_type in GLOBAL_TOKEN_MEAN:
             # The token count spans the generation batch: bring it to one accumulation window of one rank
             tokens = record.num_items_in_batch.clamp(min=1.0) / micro_batches
@@ -214,9 +215,15 @@ class PolicyObjective(GRPOTrainer):
             loss = (values * mask).sum() / rows
         return loss / steps, loss.detach()
 
+    def _steps_per_update(self) -> float:
+        return self.current_gradient_accumulation_steps if self.model.training else 1.0
+
+    def _micro_batches_per_generation(self) -> int:
+        return self.accelerator.num_processes * (self.args.steps_per_generation if self.model.training else 1)
+
     def _add_trl_terms(self, loss, logged_loss, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
         """Add the entropy bonus and the load-balancing loss, which TRL normalizes in ways of their own."""
-        steps = self.current_gradient_accumulation_steps if self.model.training else 1.0
+        steps = self._steps_per_update()
         if self._entropy_bonus_enabled:
             mask = record.loss_mask if stats.entropy_mask is None else record.loss_mask * stats.entropy_mask
             total, count = (stats.entropies * mask).sum(), mask.sum()

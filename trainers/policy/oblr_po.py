@@ -12,7 +12,7 @@ from ...losses.head import sum_of_squares
 from ...losses.policy.groups import group_mean
 from ...losses.policy.oblr_po import gradient_noise, logit_energy, optimal_baseline, snr_multiplier
 from ..method import Method
-from ..statistics import causal_lm, last_layer, lm_head
+from ..statistics import causal_lm, decoder_layers, lm_head
 from .base import PolicyConfig, PolicyTrainer
 from .record import RolloutRecord, ScoredBatch
 from .scoring import OldPass
@@ -238,7 +238,7 @@ class OblrPoGRPOTrainer(PolicyTrainer):
             tracked = [p for name, p in named.items() if re.search(self.args.snr_params, name)]
         else:
             head = causal_lm(self.model).get_output_embeddings()
-            wanted = {id(p) for module in (last_layer(self.model), head) for p in module.parameters()}
+            wanted = {id(p) for module in (decoder_layers(self.model)[-1], head) for p in module.parameters()}
             tracked = [p for p in named.values() if id(p) in wanted]
         if not tracked:
             raise ValueError(

@@ -136,6 +136,65 @@ class PolicyRounds(PolicyRollout):
             scored = self._score(generation, None)
         return Draft(gather_object(generation.rows())[:count], scored.first(count))
 
+    def complete(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+        sampling_logps: list[list[float | None]] | None = None,
+    ) -> Generation:
+        """
+        What [`rollout`] gives, from completions that are there already: decoded and logged as TRL does.
+
+        Must be called on every rank, with equally many rows.
+
+        Args:
+            inputs (`list[dict]`), prompts (`list`):
+                As in [`rollout`].
+            prompt_ids (`list[list[int]]`), completion_ids (`list[list[int]]`):
+                Tokens of prompts and completions.
+            sampling_logps (`list[list[float]]`, *optional*):
+                Log-probabilities under the distribution sampled from, `None` where not known.
+        """
+        sampled = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": sampling_logps}
+        kept, self.rollout_func = self.rollout_func, lambda prompts, trainer: sampled
+        try:
+            return Generation.from_trl(inputs, prompts, super()._generate(prompts))
+        finally:
+            self.rollout_func = kept
+
+    def verify(
+        self,
+        inputs: list[dict[str, Any]],
+        prompts: list[Any],
+        prompt_ids: list[list[int]],
+        completion_ids: list[list[int]],
+    ) -> torch.Tensor:
+        """
+        Rewards `(rows, sources)` of completions that are not rows of the batch; nothing of it is logged.
+
+        Must be called on every rank, with equally many rows.
+
+        Args:
+            inputs (`list[dict]`), prompts (`list`):
+                As in [`rollout`].
+            prompt_ids (`list[list[int]]`), completion_ids (`list[list[int]]`):
+                Tokens of prompts and completions.
+        """
+        seen, metrics = self.state.num_input_tokens_seen, self._pending_metrics
+        self._pending_metrics = defaultdict(list)
+        with self._aside(1):
+            generation = self.complete(inputs, prompts, prompt_ids, completion_ids)
+            rewards = super()._calculate_rewards(
+                generation.inputs, generation.prompts, generation.completions, generation.completion_ids
+            )
+            self.state.num_input_tokens_seen = seen
+        self._pending_extra_logs.clear()
+        self._pending_metrics = metrics
+        first = self.accelerator.process_index * len(inputs)
+        return rewards[first : first + len(inputs)]
+
     @contextmanager
     def _aside(self, group_size: int) -> Iterator[None]:
         """Generate one completion per prompt, and keep what is logged out of the batch's metrics."""
