@@ -18,10 +18,18 @@ METHODS: dict[str, str] = {
     "two_stage_math": "policy",
     "deepsearch": "policy",
     "hpt_upge": "policy",
+    "hapo": "policy",
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",
     "asft": "supervised",
+}
+
+# Methods that go together, with a recipe and a claim of their own
+COMBINATIONS: dict[str, tuple[str, ...]] = {
+    "hpt_scaf": ("hpt_upge", "scaf_grpo"),
+    "guide_lp_reg_dler": ("guide_grpo", "lp_reg", "dler"),
+    "gain_rl_d3s_hapo": ("gain_rl", "d3s", "hapo"),
 }
 
 SUFFIXES = {"policy": "GRPO", "preference": "DPO", "supervised": "SFT"}

@@ -48,6 +48,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "two_stage_math": {},
     "deepsearch": {"tree_width": 4, "tree_max_depth": 4},
     "hpt_upge": {},
+    "hapo": {},
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},

@@ -1,6 +1,8 @@
 """One behavior suite over the table of methods and of pairs: a new method adds a row and gets every test."""
 
+import ast
 import dataclasses
+import inspect
 import itertools
 import math
 import pickle
@@ -32,9 +34,13 @@ PAIRS = [pair for family in PARENTS for pair in itertools.combinations(methods_o
 # Both replace the stage; the last is how the message says to resolve it
 INCOMPATIBLE = {
     ("lite_ppo", "dler"): ("scale", {"advantage_whitening": "none"}),
+    ("lite_ppo", "hapo"): ("scale", {"hapo_token_group_average": False}),
+    ("dler", "hapo"): ("scale", {"advantage_whitening": "none"}),
+    ("oblr_po", "hapo"): ("baseline", {"hapo_token_group_average": False}),
     ("guide_grpo", "scaf_grpo"): ("repair", {"scaf_exempt_ratio": 1.0}),
     ("lite_ppo", "disco"): ("scale", {"disco_score": "none"}),
     ("dler", "disco"): ("scale", {"disco_score": "none"}),
+    ("disco", "hapo"): ("scale", {"disco_score": "none"}),
     ("disco", "deepsearch"): ("spread", {"disco_score": "none"}),
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
     ("constrained_rlhf", "two_stage_math"): ("combine_rewards", {"constraint_thresholds": None}),
@@ -267,3 +273,25 @@ def test_resume_refuses_other_methods_and_damage(name, request, tmp_path):
 
 def test_every_method_has_active_settings():
     assert ACTIVE.keys() == METHODS.keys()
+
+
+def is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
+
+
+@pytest.mark.parametrize("family", PARENTS)
+def test_no_two_methods_use_one_name_for_different_things(family):
+    """Methods meet in one class: what is not a stage needs a name that no other method has."""
+    owners: dict[str, set[str]] = {}
+    for name in methods_of(family):
+        trainer = load_trainer(name)
+        base = next(c for c in trainer.__mro__ if c.__module__.endswith(f"{family}.base"))
+        attributes = [
+            node for node in ast.walk(ast.parse(inspect.getsource(trainer))) if isinstance(node, ast.Attribute)
+        ]
+        stored = {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and is_self(node.value)}
+        for attribute in set(vars(trainer)) | stored:
+            if not hasattr(base, attribute) and not attribute.startswith("__"):
+                owners.setdefault(attribute, set()).add(name)
+    clashes = {attribute: sorted(names) for attribute, names in owners.items() if len(names) > 1}
+    assert not clashes, clashes

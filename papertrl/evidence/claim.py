@@ -8,7 +8,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..catalogue import METHODS, find
+from ..catalogue import COMBINATIONS, METHODS, find
 from ..errors import UsageError
 from ..tasks import Task, load_task
 from .verdict import Summary, final
@@ -135,7 +135,7 @@ class Claim:
 
     Args:
         method (`str`):
-            Method of the catalogue.
+            Method or combination of the catalogue.
         statement (`str`):
             What the paper claims, in our words.
         figures (`str`):
@@ -208,8 +208,8 @@ class Claim:
 
     @property
     def family(self) -> str:
-        """Family of the method."""
-        return METHODS[self.method]
+        """Family of the methods."""
+        return METHODS[COMBINATIONS.get(self.method, (self.method,))[0]]
 
     def make_task(self, **overrides: Any) -> Task:
         """The task, with the claim's settings."""
@@ -234,13 +234,14 @@ class Claim:
 
 def load_claim(method: str) -> Claim:
     """
-    Claim of a method.
+    Claim of a method, or of a combination.
 
     Raises:
         [`~papertrl.errors.UsageError`]: if there is no such method, or it has no claim.
     """
+    name = method.replace("-", "_")
     try:
-        name = find(method)
+        name = name if name in COMBINATIONS else find(method)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if name not in claimed():
@@ -249,5 +250,7 @@ def load_claim(method: str) -> Claim:
 
 
 def claimed() -> list[str]:
-    """Methods of the catalogue that have a claim, in its order."""
-    return [name for name in METHODS if importlib.util.find_spec(f"papertrl.claims.{name}") is not None]
+    """Methods and combinations of the catalogue that have a claim, in its order."""
+    return [
+        name for name in (*METHODS, *COMBINATIONS) if importlib.util.find_spec(f"papertrl.claims.{name}") is not None
+    ]

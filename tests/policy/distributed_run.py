@@ -46,6 +46,7 @@ RUNS = {
         EVERY_ROW | {"num_generations": 8, "hpt_mode": "soft", "loss_type": "dapo"},
     ),
     "skipping_demonstrated": (["hpt_upge"], {"upge_instance": "reinforce"}),
+    "entropies": (["hapo"], EVERY_ROW | {"num_iterations": 2}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
 }
 

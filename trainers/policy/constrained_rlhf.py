@@ -236,7 +236,7 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
 
         sources = torch.stack([of(rewards) for rewards in scored.rewards.unbind(1)], dim=1)
         mixed = mix_advantages(
-            of(scored.statistics["constrained_rlhf/kl_reward"]), sources[:, self._columns], self._weights()
+            of(scored.statistics["constrained_rlhf/kl_reward"]), sources[:, self._columns], self._constraint_weights()
         )
         free = self.reward_weights.to(sources.device).clone()
         free[self._columns] = 0.0
@@ -248,7 +248,7 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
             return
         returns = scored.sampled_rewards[:, self._columns].nanmean(dim=0)
         violations = returns - self._thresholds
-        weights = self._weights()
+        weights = self._constraint_weights()
         for i, name in enumerate(self._constrained):
             self.log_metric(f"constrained_rlhf/{name}/weight", weights[i])
             self.log_metric(f"constrained_rlhf/{name}/multiplier", self._multipliers[i])
@@ -270,7 +270,7 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
                 self.args.lagrange_momentum,
                 self.args.lagrange_max_grad_norm,
             )
-        self.log_metric("constrained_rlhf/weight_change", (self._weights() - weights).abs().mean())
+        self.log_metric("constrained_rlhf/weight_change", (self._constraint_weights() - weights).abs().mean())
         if self._search is not None and self._search.evaluations:
             self.log_metric("constrained_rlhf/search_evaluations", float(len(self._search.evaluations)))
             self.log_metric("constrained_rlhf/search_best", self._search.best()[1])
@@ -322,7 +322,7 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
         if self._search is not None:
             self._search.evaluations = [(point, score) for point, score in saved["evaluations"]]
 
-    def _weights(self) -> torch.Tensor:
+    def _constraint_weights(self) -> torch.Tensor:
         return constraint_weights(self._multipliers, self.args.constraint_mode, self.args.lagrange_squash)
 
     def _set_thresholds(self, values: list[float]) -> None:

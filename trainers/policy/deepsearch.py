@@ -189,8 +189,8 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         # Right completions to replay, by prompt
-        self._replay: dict[str, list[list[int]]] = {}
-        self._next_dump = 0
+        self._tree_replay: dict[str, list[list[int]]] = {}
+        self._next_tree_dump = 0
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
         if self.args.tree_width is not None and self.rollout_func is not None:
             raise ValueError(
@@ -213,10 +213,10 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         rows = gather_object(list(zip(inputs, prompts, prompt_ids, strict=True)))
         heads = rows[::size]
         found = {}
-        for summary in gather_object(self._search(heads, range(rank, len(heads), world))):
+        for summary in gather_object(self._grow_trees(heads, range(rank, len(heads), world))):
             found[summary["group"]] = summary
         for group, (_, prompt, _) in enumerate(heads):
-            self._remember(prompt, found[group])
+            self._remember_right(prompt, found[group])
         self._log_search(list(found.values()))
         mine = range(rank * len(inputs), (rank + 1) * len(inputs))
         trajectories = [found[row // size]["trajectories"][row % size] for row in mine]
@@ -230,29 +230,29 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         generation.source = [t["source"] for t in trajectories]
         return generation
 
-    def _search(self, heads: list[tuple], groups: range) -> list[dict[str, Any]]:
+    def _grow_trees(self, heads: list[tuple], groups: range) -> list[dict[str, Any]]:
         """Search for the `groups` of this rank; `heads` has dataset row, prompt and its tokens of every group."""
-        rules = self._rules()
+        rules = self._tree_rules()
         trees = []
         for group in groups:
             _, prompt, ids = heads[group]
-            cached = self._replay.get(_key(prompt))
+            cached = self._tree_replay.get(_key(prompt))
             trees.append(Tree(ids, rules, grown=cached is not None))
             for tokens in cached or []:
                 trees[-1].add(tokens, [math.nan] * len(tokens), correct=True)
         replayed = [len(tree.returned) for tree in trees]
 
         def verify(asked: list[tuple[int, list[int]]]) -> list[bool]:
-            return self._correct([(*heads[groups[i]], tokens) for i, tokens in asked], (*heads[0], heads[0][2][-1:]))
+            return self._verified([(*heads[groups[i]], tokens) for i, tokens in asked], (*heads[0], heads[0][2][-1:]))
 
         grow(trees, rules, self._sample_from(heads[0][2]), verify, self._largest)
-        self._dump(trees)
+        self._dump_trees(trees)
         return [
-            {"group": group} | self._summary(tree, count)
+            {"group": group} | self._tree_summary(tree, count)
             for group, tree, count in zip(groups, trees, replayed, strict=True)
         ]
 
-    def _rules(self) -> Rules:
+    def _tree_rules(self) -> Rules:
         args = self.args
         return Rules(
             width=args.tree_width,
@@ -324,7 +324,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         self._capture_old_pass = capture
         return [row[: len(ids)] for row, ids in zip(logps.tolist(), completions, strict=True)]
 
-    def _correct(self, asked: list[tuple], filler: tuple) -> list[bool]:
+    def _verified(self, asked: list[tuple], filler: tuple) -> list[bool]:
         """Which of (dataset row, prompt, its tokens, completion's tokens) are right; ranks verify equally many."""
         wanted = len(asked)
         most = self._largest(wanted)
@@ -334,7 +334,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         total = weighted_sum(rewards, self.reward_weights.to(rewards.device))
         return (total >= self.args.tree_correct_reward).tolist()[:wanted]
 
-    def _summary(self, tree: Tree, replayed: int) -> dict[str, Any]:
+    def _tree_summary(self, tree: Tree, replayed: int) -> dict[str, Any]:
         """Trajectories of a tree, of which the first `replayed` are from earlier, and its metrics."""
         args = self.args
         steps = [path(node)[1:] for node in tree.returned]
@@ -377,23 +377,23 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
             ),
         }
 
-    def _remember(self, prompt: Any, summary: dict[str, Any]) -> None:
+    def _remember_right(self, prompt: Any, summary: dict[str, Any]) -> None:
         if self.args.replay_accuracy_max is None or summary["replayed"]:
             return
         right = [t["tokens"] for t in summary["trajectories"] if t["correct"]]
         if 0 < len(right) <= self.args.replay_accuracy_max * len(summary["trajectories"]):
-            self._replay[_key(prompt)] = right
+            self._tree_replay[_key(prompt)] = right
 
     def _log_search(self, summaries: list[dict[str, Any]]) -> None:
         for name in dict.fromkeys(name for summary in summaries for name in summary["metrics"]):
             values = [s["metrics"][name] for s in summaries if name in s["metrics"]]
             self.log_metric(f"deepsearch/{name}", fmean(values))
 
-    def _dump(self, trees: list[Tree]) -> None:
+    def _dump_trees(self, trees: list[Tree]) -> None:
         step, folder = self.state.global_step, self.args.tree_dump_dir
-        if folder is None or step < self._next_dump:
+        if folder is None or step < self._next_tree_dump:
             return
-        self._next_dump = step + self.args.tree_dump_steps
+        self._next_tree_dump = step + self.args.tree_dump_steps
         rank = f"_rank{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
         Path(folder).mkdir(parents=True, exist_ok=True)
         content = {"step": step, "trees": [tree_as_dict(tree, self._tokenizer.decode) for tree in trees]}
@@ -422,11 +422,11 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
     # --- State --------------------------------------------------------------------------------------------------
 
     def method_state(self) -> dict[str, Any]:
-        return super().method_state() | {"deepsearch": self._replay}
+        return super().method_state() | {"deepsearch": self._tree_replay}
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self._replay = dict(state["deepsearch"])
+        self._tree_replay = dict(state["deepsearch"])
 
 
 def _key(prompt: Any) -> str:

@@ -149,13 +149,20 @@ class DiscoGRPOTrainer(PolicyTrainer):
         if args.disco_score == "none":
             return
         for other in cls.methods:
-            changed = _PER_TOKEN.intersection(other.extends)
-            if changed and any(getattr(args, k) != v for k, v in other.neutral.items()):
-                off = ", ".join(f"{name}={value!r}" for name, value in other.neutral.items())
+            if other.name == "disco":
+                continue
+            # A stage that is replaced has settings of its own under which it is left alone
+            off = {stage: other.replaces.get(stage) or other.neutral for stage in (*other.extends, *other.replaces)}
+            changed = {
+                stage for stage in _PER_TOKEN & off.keys() if any(getattr(args, k) != v for k, v in off[stage].items())
+            }
+            if changed:
+                stage = min(changed)
+                remedy = ", ".join(f"{name}={value!r}" for name, value in off[stage].items())
                 raise ValueError(
                     f"Methods 'disco' and '{other.name}' do not combine: '{other.name}' changes single tokens in the "
-                    f"stage '{min(changed)}', but DisCO scores whole answers. Leave one of them out, or set "
-                    f"disco_score='none' or {off}."
+                    f"stage '{stage}', but DisCO scores whole answers. Leave one of them out, or set "
+                    f"disco_score='none' or {remedy}."
                 )
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:

@@ -313,12 +313,12 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
         if self.args.hpt_mode == "soft":
             rewards = rewards.masked_fill(scored.source == Source.DEMONSTRATION, 1.0)
         # Without reward they do not enter the statistics behind the others' advantages
-        return rewards.masked_fill(self._weights(scored)[:, :2].sum(1) == 0, torch.nan)
+        return rewards.masked_fill(self._prompt_weights(scored)[:, :2].sum(1) == 0, torch.nan)
 
     def _demonstrates(self) -> bool:
         return self.args.hpt_mode != "none" and self.model.training
 
-    def _weights(self, scored: ScoredBatch) -> torch.Tensor:
+    def _prompt_weights(self, scored: ScoredBatch) -> torch.Tensor:
         """Weights of RL, off-policy RL and SFT for the prompt of each row, `(rows, 3)`."""
         shown = scored.source == Source.DEMONSTRATION
         demonstrated = group_mean(shown.float(), scored.group_ids) > 0
@@ -332,7 +332,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     def select(self, record: RolloutRecord, scored: ScoredBatch) -> None:
         # Before other methods choose among what is left
         if self.args.hpt_mode != "none":
-            weights = self._weights(scored)
+            weights = self._prompt_weights(scored)
             # The base averages over the rows that are left, Eq. 13 over all prompts
             share = (weights[:, 0] > 0).float().mean()
             shown = scored.source == Source.DEMONSTRATION
