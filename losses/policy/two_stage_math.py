@@ -31,7 +31,9 @@ def cosine_reward(
             Values at length 0 and at L_max.
     """
     falling = 0.5 * (1 + torch.cos(math.pi * torch.clamp(lengths / max_length, max=1.0)))
-    short, long = (torch.where(correct, r, w).to(lengths) for r, w in zip(right, wrong, strict=True))
+    short, long = (
+        torch.where(correct, lengths.new_tensor(r), lengths.new_tensor(w)) for r, w in zip(right, wrong, strict=True)
+    )
     return long + (short - long) * falling
 
 
