@@ -38,7 +38,7 @@ CLAIM = Claim(
         "per_device_train_batch_size": 128,
         "num_generations": 8,
         "max_completion_length": 4,
-        "max_steps": 60,
+        "max_steps": 50,
     },
     arms={
         "GRPO": Arm(grid=RATES, control=solving),

@@ -52,7 +52,7 @@ CLAIM = Claim(
         "per_device_train_batch_size": 128,
         "num_generations": 8,
         "max_completion_length": 5,
-        "max_steps": 80,
+        "max_steps": 60,
     },
     arms={
         "GRPO": Arm(grid=RATES),
