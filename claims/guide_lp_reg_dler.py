@@ -41,4 +41,8 @@ CLAIM = Claim(
     tune_on=ACCURACY,
     measures=(greedy_accuracy,),
     evaluations=5,
+    findings="The combination is ahead of each part on nearly every seed, +0.11 over Guide and over Lp-Reg, +0.05 "
+    "over DLER, but no interval is clear of its margin. DLER's refilled and whitened batches seem to be "
+    "most of it. At equal sampled tokens nothing is left of the lead over Guide, since the refills cost "
+    "tokens.",
 )
