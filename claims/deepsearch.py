@@ -41,7 +41,6 @@ CLAIM = Claim(
         "max_steps": 50,
     },
     arms={
-        "GRPO": Arm(grid=RATES, control=solving),
         "GRPO, equal tokens": Arm(
             grid=RATES,
             control=solving,
@@ -57,9 +56,7 @@ CLAIM = Claim(
     },
     comparisons=(
         Comparison("DeepSearch", "GRPO, equal tokens", PER_SAMPLED_TOKEN, 0.02),
-        Comparison("DeepSearch", "GRPO", ACCURACY, 0.02),
         Comparison("DeepSearch", "GRPO, equal tokens", COVERAGE, 0.02),
-        Comparison("DeepSearch", "GRPO", COVERAGE, 0.02),
     ),
     tune_on=ACCURACY,
     measures=(greedy_accuracy,),
