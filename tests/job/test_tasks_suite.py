@@ -128,6 +128,7 @@ BAD = [
     ("addition", {"digits": "2"}, r"`digits` must be in \[1, 9\], got '2'"),
     ("addition", {"digits": 2, "min_digits": 3}, r"`min_digits` must be in \[1, 2\], got 3"),
     ("addition", {"workings_share": 1.5}, r"`workings_share` must be in \[0, 1\], got 1.5"),
+    ("addition", {"hint_share": -0.1}, r"`hint_share` must be in \[0, 1\], got -0.1"),
     ("addition", {"workings_error_share": float("nan")}, "`workings_error_share` must be"),
     ("automaton", {"states": 2}, r"`states` must be in \[3, 10\], got 2"),
     ("automaton", {"length": 21}, r"`length` must be in \[2, 20\], got 21"),
@@ -375,3 +376,25 @@ def test_more_tools_and_arguments_make_longer_calls():
     assert {answer.partition("(")[0] for answer in easy["answer"]} == {"add", "drop"}
     assert len({answer.partition("(")[0] for answer in hard["answer"]}) == 6
     assert all(answer.count("=") == 3 for answer in hard["answer"])
+
+
+def test_addition_hints_name_carries_and_keep_the_errors_to_the_others():
+    task = AdditionTask(digits=3, hint_share=0.5)
+    for row in task.generate(50, seed=0):
+        a, b = map(int, row["prompt"][:-1].split("+"))
+        carries = [(a % 10**k + b % 10**k) // 10**k for k in (1, 2, 3)]
+        assert row["hints"] == [f"{row['prompt']}[{''.join(map(str, carries[:k]))}]" for k in (1, 2, 3)]
+        assert row["hint"] == row["hints"][-1]
+    hinted = 0
+    for row in task.demonstrations(400, seed=1, error_share=1.0):
+        prompt, _, hint = row["prompt"].partition("[")
+        a, b = prompt[:-1].split("+")
+        known = len(hint.rstrip("]"))
+        hinted += known > 0
+        handed, digits = 0, []
+        for place, (x, y) in enumerate(zip(reversed("0" + a), reversed("0" + b), strict=True)):
+            digits.append((int(x) + int(y) + (handed if place <= known else 0)) % 10)
+            handed = (int(a[-place - 1 :]) + int(b[-place - 1 :])) // 10 ** (place + 1) if place < 3 else 0
+        assert row["completion"] == "".join(map(str, reversed(digits)))
+    assert 150 < hinted < 250
+    assert "hints" not in AdditionTask(digits=3).generate(1, seed=0).column_names
