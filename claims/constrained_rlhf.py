@@ -51,7 +51,7 @@ CLAIM = Claim(
         "num_generations": 8,
         "max_completion_length": 8,
         "learning_rate": 5e-4,
-        "max_steps": 120,
+        "max_steps": 100,
     },
     arms={
         "GRPO": Arm(grid=PENALTIES),

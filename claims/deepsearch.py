@@ -38,10 +38,9 @@ CLAIM = Claim(
         "per_device_train_batch_size": 128,
         "num_generations": 8,
         "max_completion_length": 4,
-        "max_steps": 60,
+        "max_steps": 50,
     },
     arms={
-        "GRPO": Arm(grid=RATES, control=solving),
         "GRPO, equal tokens": Arm(
             grid=RATES,
             control=solving,
@@ -57,9 +56,7 @@ CLAIM = Claim(
     },
     comparisons=(
         Comparison("DeepSearch", "GRPO, equal tokens", PER_SAMPLED_TOKEN, 0.02),
-        Comparison("DeepSearch", "GRPO", ACCURACY, 0.02),
         Comparison("DeepSearch", "GRPO, equal tokens", COVERAGE, 0.02),
-        Comparison("DeepSearch", "GRPO", COVERAGE, 0.02),
     ),
     tune_on=ACCURACY,
     measures=(greedy_accuracy,),

@@ -31,7 +31,7 @@ CLAIM = Claim(
         "steps_per_generation": 4,
         "num_generations": 8,
         "max_completion_length": 6,
-        "max_steps": 100,
+        "max_steps": 80,
     },
     arms={
         "GRPO": Arm(grid=RATES),

@@ -20,7 +20,7 @@ CLAIM = Claim(
         "per_device_train_batch_size": 128,
         "num_generations": 16,
         "max_completion_length": 6,
-        "max_steps": 80,
+        "max_steps": 60,
     },
     arms={
         "GAIN-RL": Arm(methods=("gain_rl",), settings=WINDOW, grid=RATES),

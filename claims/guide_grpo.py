@@ -1,10 +1,8 @@
 """Guide-GRPO: hints for prompts that fail, and learning without them, reach what GRPO alone does not."""
 
-from ..evidence import Arm, Claim, Comparison, Metric, Start, greedy_accuracy
+from ..evidence import Arm, Claim, Comparison
+from .hinted_sums import ACCURACY, HINTED_SUMS, PER_TOKEN, RATES
 
-ACCURACY = Metric("accuracy")
-PER_TOKEN = Metric("accuracy", axis="sampled_tokens")
-RATES = {"learning_rate": (2.5e-4, 5e-4)}
 # Rounds of fresh prompts serve GRPO as well; without them the arms differ in the hints alone
 GUIDE = {"guide_max_resample_batches": 0}
 
@@ -15,17 +13,7 @@ CLAIM = Claim(
     figures="up to 4 % macro-average over GRPO on maths benchmarks, 7B and 32B",
     check="Sums of two digits. The start model forgets the carries in 99 % of its answers, unless the prompt names "
     "them. Accuracy is measured greedily on prompts without hints, at equal sampled tokens.",
-    task="addition",
-    task_kwargs={"digits": 2, "hint_share": 0.5},
-    start=Start(error_share=0.99),
-    settings={
-        "per_device_train_batch_size": 128,
-        "num_generations": 8,
-        "max_completion_length": 4,
-        "max_steps": 80,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 10,
-    },
+    **HINTED_SUMS,
     arms={
         "GRPO": Arm(grid=RATES),
         "Guide": Arm(methods=("guide_grpo",), settings=GUIDE, grid=RATES),
@@ -41,8 +29,13 @@ CLAIM = Claim(
         Comparison("Guide", "GRPO", ACCURACY, 0.02),
         Comparison("Guide", "Guide, unweighted", ACCURACY, 0.02),
     ),
-    tune_on=ACCURACY,
-    measures=(greedy_accuracy,),
     evaluations=6,
     logs=("guide/reroll_fraction", "guide/hinted_accuracy"),
+    findings="At the same learning rate of 5e-4 Guide was ahead of GRPO on both development seeds of the probe; with "
+    "each arm's best rate, five fresh seeds differ by more than the effect: +0.22, +0.17, -0.03, +0.02 and "
+    "-0.12. Hints do what they should, since 80 to 99 % of the guided completions are right at first, and "
+    "the fraction of failing groups falls. But GRPO is not stuck here: with 16 prompts of 8 completions a "
+    "step it meets the one right answer in a hundred often enough, and one is all it takes to learn the "
+    "carry. On seeds 3 and 4 no arm learns within 80 steps. Without the importance weighting Guide is "
+    "behind on one seed by 0.31 and level on the others.",
 )

@@ -22,7 +22,7 @@ CLAIM = Claim(
         "steps_per_generation": 2,
         "num_generations": 8,
         "max_completion_length": 11,
-        "max_steps": 100,
+        "max_steps": 80,
         "epsilon_high": 0.28,
         "delta": 10.0,
     },

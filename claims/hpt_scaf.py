@@ -2,12 +2,9 @@
 
 from datasets import Dataset
 
-from ..evidence import Arm, Claim, Comparison, Metric, Start, greedy_accuracy
+from ..evidence import Arm, Claim, Comparison
 from ..tasks import Task
-
-ACCURACY = Metric("accuracy")
-RATES = {"learning_rate": (2.5e-4, 5e-4)}
-
+from .hinted_sums import ACCURACY, HINTED_SUMS, RATES
 
 HPT = {"hpt_demo_column": "answer"}
 
@@ -26,17 +23,7 @@ CLAIM = Claim(
     figures="none: nobody has published the combination",
     check="Sums of two digits. The start model forgets the carries in 99 % of its answers, but those that the prompt "
     "names; half of the prompts have a hint for the last column alone. Accuracy is greedy, without hints.",
-    task="addition",
-    task_kwargs={"digits": 2, "hint_share": 0.5},
-    start=Start(error_share=0.99),
-    settings={
-        "per_device_train_batch_size": 128,
-        "num_generations": 8,
-        "max_completion_length": 4,
-        "max_steps": 80,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 10,
-    },
+    **HINTED_SUMS,
     arms={
         "HPT": Arm(methods=("hpt_upge",), settings=HPT, grid=RATES),
         "Scaf-GRPO": Arm(methods=("scaf_grpo",), grid=RATES),
@@ -46,9 +33,12 @@ CLAIM = Claim(
         Comparison("HPT + Scaf", "HPT", ACCURACY, 0.02),
         Comparison("HPT + Scaf", "Scaf-GRPO", ACCURACY, 0.02),
     ),
-    tune_on=ACCURACY,
-    measures=(greedy_accuracy,),
     data=short_of_hints,
     evaluations=5,
     logs=("hpt/sft_prompt_fraction", "scaf/repaired_groups"),
+    findings="Demonstrations do nearly all of the work here: HPT alone is at most 0.07 ahead and behind on no seed, "
+    "since a group that a hint repairs has one right row and seven wrong ones where HPT has the answer "
+    "itself. Against Scaf-GRPO alone the combination holds, by +0.162. Where demonstrations exist for every "
+    "prompt, hints are not worth their tokens on this task; where they exist for some, which was not "
+    "measured, the combination has something to combine.",
 )

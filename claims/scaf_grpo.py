@@ -1,10 +1,7 @@
 """Scaf-GRPO: a success with the smallest sufficient hint gets failing groups going."""
 
-from ..evidence import Arm, Claim, Comparison, Metric, Start, greedy_accuracy
-
-ACCURACY = Metric("accuracy")
-PER_TOKEN = Metric("accuracy", axis="sampled_tokens")
-RATES = {"learning_rate": (2.5e-4, 5e-4)}
+from ..evidence import Arm, Claim, Comparison
+from .hinted_sums import ACCURACY, HINTED_SUMS, PER_TOKEN, RATES
 
 
 def strongest_first(trainer_class: type) -> type:
@@ -25,17 +22,7 @@ CLAIM = Claim(
     check="Sums of two digits. The start model forgets the carries in 99 % of its answers, but those that the prompt "
     "names: first that of the last column, then both. Accuracy is measured greedily on prompts without hints, at "
     "equal sampled tokens.",
-    task="addition",
-    task_kwargs={"digits": 2, "hint_share": 0.5},
-    start=Start(error_share=0.99),
-    settings={
-        "per_device_train_batch_size": 128,
-        "num_generations": 8,
-        "max_completion_length": 4,
-        "max_steps": 80,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 10,
-    },
+    **HINTED_SUMS,
     arms={
         "GRPO": Arm(grid=RATES),
         "Scaf-GRPO": Arm(methods=("scaf_grpo",), grid=RATES),
@@ -48,8 +35,11 @@ CLAIM = Claim(
         Comparison("Scaf-GRPO", "GRPO", ACCURACY, 0.02),
         Comparison("Scaf-GRPO", "strongest hint", ACCURACY, 0.02),
     ),
-    tune_on=ACCURACY,
-    measures=(greedy_accuracy,),
     evaluations=6,
     logs=("scaf/trigger_rate", "scaf/hint_level"),
+    findings="As for Guide, whose task this is: GRPO finds the rare right answers on some seeds by itself, and "
+    "differences of +0.25, +0.12, -0.03, +0.03 and -0.12 show nothing. A hint is needed for about half of "
+    "the groups, the first or the second in equal parts, and costs a tenth more tokens, against half more "
+    "for Guide. The ladder is no better than the strongest hint alone: the weak hint names a carry that is "
+    "often none.",
 )

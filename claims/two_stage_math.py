@@ -21,7 +21,7 @@ CLAIM = Claim(
         "per_device_train_batch_size": 128,
         "num_generations": 8,
         "max_completion_length": 12,
-        "max_steps": 120,
+        "max_steps": 100,
     },
     arms={
         "GRPO on accuracy": Arm(grid=RATES),

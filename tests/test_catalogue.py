@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import papertrl
 from papertrl.catalogue import METHODS, class_stem, find, load_trainer, method_table
@@ -171,6 +172,22 @@ def test_resume_in_a_later_epoch(request, tmp_path):
 def test_resume_of_a_combination(request, tmp_path):
     names = ["lp_reg", "d3s", "dler", "gain_rl"]
     resumed_equals_uninterrupted(compose(*map(load_trainer, names)), names, request, tmp_path, at=3)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_an_adapter_alone_is_trained(name, request, tmp_path):
+    """With PEFT, the base model's weights stay, to the bit, and the mechanism still runs."""
+    trainer_class = load_trainer(name)
+    family = METHODS[name]
+    args = active_config(trainer_class, [name], tmp_path, max_steps=2)
+    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
+    model = model_path(family, request)
+    trainer = build(trainer_class, family, model, args, reward=reward_of(trainer_class), peft_config=peft)
+    before = weights(trainer)
+    trainer.train()
+    changed = {key for key, value in weights(trainer).items() if not torch.equal(value, before[key])}
+    assert changed and all("lora" in key for key in changed)
+    assert trainer_class.method.signal in set().union(*trainer.state.log_history)
 
 
 @pytest.mark.parametrize("pair", [pair for pair in PAIRS if pair not in INCOMPATIBLE], ids="+".join)

@@ -1,6 +1,7 @@
 """vLLM stays TRL's: the code path up to the boundary of its client, with a client that answers from a table."""
 
 import hashlib
+import math
 
 import pytest
 import torch
@@ -11,7 +12,17 @@ from papertrl.trainers.method import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.record import Source
 
-from ..suite import active_config, dataset, digit_parity, every_fourth, history, settings, weights
+from ..suite import (
+    active_config,
+    dataset,
+    digit_parity,
+    every_fourth,
+    history,
+    methods_of,
+    reward_of,
+    settings,
+    weights,
+)
 from .runs import distributions, recorded, sampled
 
 
@@ -20,6 +31,7 @@ class FakeClient:
 
     def __init__(self):
         self.synced, self.calls, self.sizes = 0, [], []
+        self.max_completion_length = 8
 
     def sync_weights(self):
         self.synced += 1
@@ -97,3 +109,18 @@ def test_hints_one_at_a_time(policy_path, tmp_path):
     trainer = train(load_trainer("scaf_grpo"), args, policy_path, every_fourth)
     assert {1, 2} == set(trainer.vllm_generation.sizes)
     assert max(entry.get("scaf/repaired_groups", 0) for entry in trainer.state.log_history) > 0
+
+
+@pytest.mark.parametrize("name", methods_of("policy"))
+def test_every_method_trains_on_what_the_client_sampled(name, policy_path, tmp_path):
+    trainer_class = load_trainer(name)
+    # HAPO refuses its temperature by name, and does the rest
+    values = {"hapo_temperature_tau": 0.0} if name == "hapo" else {}
+    args = active_config(trainer_class, [name], tmp_path, **values)
+    trainer = train(trainer_class, args, policy_path, reward_of(trainer_class))
+    assert trainer.vllm_generation.synced == 3 and trainer_class.method.signal in set().union(
+        *trainer.state.log_history
+    )
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses) == 3 and all(math.isfinite(loss) for loss in losses)
+    assert all(value.isfinite().all() for value in weights(trainer).values())
