@@ -6,7 +6,7 @@ from ..losses.policy.groups import by_group
 ACCURACY = Metric("accuracy")
 PER_SAMPLED_TOKEN = Metric("accuracy", axis="sampled_tokens")
 COVERAGE = Metric("coverage", summary=mean)
-RATES = {"learning_rate": (5e-4, 1e-3)}
+RATES = {"learning_rate": (5e-4,)}
 
 
 def solving(trainer_class: type) -> type:

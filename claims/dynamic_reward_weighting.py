@@ -7,7 +7,7 @@ from ..evidence import Arm, Claim, Comparison, Metric, Probe, mean
 from ..rewards.matching import exact_match
 
 VOLUME = Metric("hypervolume")
-RATES = {"learning_rate": (5e-4, 1e-3)}
+RATES = {"learning_rate": (1e-3,)}
 LONGEST = 9
 
 

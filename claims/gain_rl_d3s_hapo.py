@@ -4,7 +4,7 @@ from ..evidence import Arm, Claim, Comparison, Metric, mean, sampled_accuracy
 
 ACCURACY = Metric("sampled_accuracy")
 PER_TOKEN = Metric("sampled_accuracy", summary=mean, axis="trained_tokens")
-RATES = {"learning_rate": (5e-4, 1e-3)}
+RATES = {"learning_rate": (5e-4,)}
 WINDOW = {"gain_sigma": 0.15, "gain_step": 0.05, "gain_shift_max": 0.1}
 
 CLAIM = Claim(
