@@ -2,11 +2,8 @@
 
 from statistics import fmean
 
-from ..evidence import Arm, Claim, Comparison, Metric, Probe, Start, mean, sampled_accuracy
-
-ACCURACY = Metric("sampled_accuracy")
-CARRY = Metric("carry_accuracy")
-RATES = {"learning_rate": (2.5e-4, 5e-4)}
+from ..evidence import Arm, Claim, Comparison, Metric, Probe, greedy_accuracy, mean
+from .hinted_sums import ACCURACY, HINTED_SUMS, RATES
 
 
 def carry_accuracy(probe: Probe) -> dict[str, float]:
@@ -30,20 +27,10 @@ CLAIM = Claim(
     statement="Switching, prompt by prompt, to a demonstration where all rollouts fail and to policy gradient "
     "elsewhere ends at a higher accuracy than either alone.",
     figures="Qwen2.5-Math-7B, six maths benchmarks: HPT 52.7, SFT then GRPO 46.5, SFT 44.5, GRPO 43.1",
-    check="Two-digit sums. The start model forgets the carries in 90 % of its answers: it solves most sums without, "
-    "and of those with a carry one answer in twenty, so that half of the prompts fail in all of eight rollouts. Every "
-    "sum has its answer as a demonstration.",
-    task="addition",
-    task_kwargs={"digits": 2},
-    start=Start(error_share=0.9),
-    settings={
-        "per_device_train_batch_size": 128,
-        "num_generations": 8,
-        "max_completion_length": 5,
-        "max_steps": 60,
-        "lr_scheduler_type": "constant_with_warmup",
-        "warmup_steps": 10,
-    },
+    check="Sums of two digits, without hints. The start model forgets the carries in 99 % of its answers, so that "
+    "most groups with a carry fail. Every sum has its answer as a demonstration; SFT is the same method with every "
+    "prompt demonstrated.",
+    **HINTED_SUMS | {"measures": (greedy_accuracy, carry_accuracy)},
     arms={
         "GRPO": Arm(grid=RATES),
         "HPT": Arm(methods=("hpt_upge",), settings={"hpt_demo_column": "answer"}, grid=RATES),
@@ -57,11 +44,9 @@ CLAIM = Claim(
     comparisons=(
         Comparison("HPT", "GRPO", ACCURACY, 0.02),
         Comparison("HPT", "SFT", ACCURACY, 0.02),
-        Comparison("HPT", "GRPO", Metric("sampled_accuracy", summary=mean), 0.02),
-        Comparison("HPT", "GRPO", CARRY, 0.02),
+        Comparison("HPT", "GRPO", Metric("accuracy", summary=mean), 0.02),
+        Comparison("HPT", "GRPO", Metric("carry_accuracy"), 0.02),
     ),
-    tune_on=ACCURACY,
-    measures=(sampled_accuracy, carry_accuracy),
     evaluations=6,
     logs=("hpt/solve_none", "hpt/solve_all"),
 )
