@@ -72,8 +72,12 @@ CLAIM = Claim(
     start=Start(steps=300),
     evaluations=5,
     held_out=128,
-    findings="Without a divergence penalty the shares swing around their thresholds on development seeds, by as much "
-    "as they were below at the start, whatever the step size of the multipliers: the standardized divergence pulls "
-    "back with the same force at any distance, so that policy and multiplier are two integrators in a loop. A "
-    "penalty whose pull grows with the distance damps the swing; hence the common grid.",
+    findings="ξ holds against GRPO, by +0.12 of the trusted score and on every seed; μ is ahead on every seed as "
+    "well, by less than the margin can confirm. All arms choose the stronger of two divergence penalties "
+    "but μ. The setup was chosen on one development seed with about ten runs of the constrained arms and "
+    "five of GRPO, so that it is tuned in favor of the former beyond what the grid shows. Without a penalty "
+    "the shares swing around their thresholds, by as much as they were below at the start, whatever the "
+    "step size of the multipliers: the standardized divergence pulls back with the same force at any "
+    "distance, so that policy and multiplier are two integrators in a loop. A penalty whose pull grows with "
+    "the distance damps the swing; hence the common grid.",
 )
