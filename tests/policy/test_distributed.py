@@ -24,7 +24,7 @@ def results(tmp_path_factory, policy_path):
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=900,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
     run(folder / "one", policy_path, 1)
