@@ -72,4 +72,8 @@ CLAIM = Claim(
     evaluations=5,
     held_out=128,
     logs=tuple(f"dynamic_reward_weighting/{reward.__name__}/weight" for reward in REWARDS),
+    findings="Weights by hypervolume are ahead over the run on every seed, +0.045 [+0.007, +0.083], within the "
+    "margin's reach; weights by gradients are ahead on three of five. At the end both differ from fixed "
+    "weights by less than seeds do. One learning rate for all arms, 1e-3, which the development probes ran "
+    "at. This is the third task: on two versions with random words no arm left a hypervolume of 0.02.",
 )

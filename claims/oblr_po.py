@@ -40,4 +40,9 @@ CLAIM = Claim(
     measures=(sampled_accuracy,),
     evaluations=5,
     logs=("oblr_po/lr_multiplier", "oblr_po/snr"),
+    findings="Measured on start models that the other claims on these sums share. Equations and defaults are derived "
+    "from the abstract, so that a verdict is one on our reading. At the start policy of a development seed "
+    "the weighted leave-one-out baseline had less variance than RLOO's (659 against 725 for the second "
+    "moment that it changes) but more than no baseline at all (381), since it is estimated from seven other "
+    "completions; in-sample it has 154, at the price of a bias.",
 )
