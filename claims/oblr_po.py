@@ -40,11 +40,11 @@ CLAIM = Claim(
     measures=(sampled_accuracy,),
     evaluations=5,
     logs=("oblr_po/lr_multiplier", "oblr_po/snr"),
-    findings="Ahead of GRPO on all five seeds, by +0.017 [+0.006, +0.028] at the end and +0.030 over the run, and by "
-    "no more than a fixed rate's grid could hide: below the margin of 0.02. The rule of the learning rate "
-    "is most of it, since it makes the higher rate usable. Equations and defaults are derived from the "
-    "abstract, so that a verdict is one on our reading. At the start policy of a development seed the "
-    "weighted leave-one-out baseline had less variance than RLOO's (659 against 725 for the second moment "
-    "that it changes) but more than no baseline at all (381), since it is estimated from seven other "
-    "completions; in-sample it has 154, at the price of a bias.",
+    findings="Ahead of GRPO on all five seeds, by +0.017 [+0.006, +0.028] at the end and +0.030 over the run: an "
+    "interval that is above 0 and reaches below the margin of 0.02. The rule of the learning rate is most "
+    "of it, since it makes the higher rate usable. Equations and defaults are derived from the abstract, so "
+    "that a verdict is one on our reading. At the start policy of a development seed the weighted leave- "
+    "one-out baseline had less variance than RLOO's (659 against 725 for the second moment that it changes) "
+    "but more than no baseline at all (381), since it is estimated from seven other completions; in-sample "
+    "it has 154, at the price of a bias.",
 )
