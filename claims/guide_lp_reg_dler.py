@@ -28,7 +28,6 @@ CLAIM = Claim(
     ),
     evaluations=5,
     findings="The combination is ahead of each part on nearly every seed, +0.11 over Guide and over Lp-Reg, +0.05 "
-    "over DLER, but no interval is clear of its margin. DLER's refilled and whitened batches seem to be "
-    "most of it. At equal sampled tokens nothing is left of the lead over Guide, since the refills cost "
-    "tokens.",
+    "over DLER, but no interval is clear of its margin. At equal sampled tokens nothing is left of the lead "
+    "over Guide, since the refills cost tokens.",
 )

@@ -51,9 +51,10 @@ CLAIM = Claim(
     logs=("hpt/solve_none", "hpt/solve_all"),
     findings="HPT learns sums with carries where GRPO mostly does not: +0.28 [+0.07, +0.48] on these, which holds, "
     "as does accuracy over the run, +0.157. Final accuracy is ahead on four of five seeds by 0.20 to 0.42 "
-    "and behind by 0.07 on the one where GRPO finds the carries by itself, which is not enough for the "
-    "interval. SFT on every prompt is not beaten: 0.035 ahead of HPT. This is the third design. The first "
-    "had a start model made of wrong demonstrations only, which learned nothing (seeds 0 to 4), the second "
-    "one of 90 % (seeds 100 to 104), which learned next to nothing either; under both all arms stayed where "
-    "they began. Seeds 200 to 204 had not been seen.",
+    "and behind by 0.07 on one, which is not enough for the interval. SFT on every prompt is not beaten: "
+    "0.035 ahead of HPT. This is the third design. The first had a start model made of wrong demonstrations "
+    "only, which learned nothing (seeds 0 to 4), the second one of 90 % (seeds 100 to 104), which learned "
+    "next to nothing either; under both all arms stayed where they began. The task is that of the claims "
+    "about hints, chosen after HPT had been seen to learn on it in `hpt_scaf` (seeds 0 to 4). Seeds 200 to "
+    "204 had not been seen.",
 )

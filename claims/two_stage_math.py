@@ -39,6 +39,5 @@ CLAIM = Claim(
     findings="The length rewards do shorten: -3.3 tokens of about 8.6 at the end, on every seed, where GRPO on "
     "accuracy alone lengthens a little. That is 40 %, more than the paper's quarter. But 3.5 points of "
     "accuracy go with it, with an interval that reaches below the 3 points that the guard allows, so that "
-    "the claim as stated is not shown. Right answers without workings are shorter and a little less often "
-    "right here, and the rewards ask for just these.",
+    "the claim as stated is not shown.",
 )

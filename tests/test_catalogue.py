@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 
 import papertrl
-from papertrl.catalogue import METHODS, class_stem, find, load_trainer, method_table
+from papertrl.catalogue import COMBINATIONS, METHODS, class_stem, find, load_trainer, method_table
+from papertrl.evidence import load_claim
 from papertrl.trainers.method import compose
 
 from .suite import (
@@ -286,6 +288,15 @@ def test_resume_refuses_other_methods_and_damage(name, request, tmp_path):
         trainer.train(resume_from_checkpoint=str(checkpoint))
     with pytest.raises(ValueError, match="not a folder"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_combination_has_the_recipe_and_claim_that_its_name_says(name):
+    recipe = yaml.safe_load((ROOT / "recipes" / f"{name}.yaml").read_text())
+    assert tuple(recipe["methods"]) == COMBINATIONS[name]
+    arms = load_claim(name).arms.values()
+    # All together, and each alone
+    assert {COMBINATIONS[name]} | {(method,) for method in COMBINATIONS[name]} <= {arm.methods for arm in arms}
 
 
 def test_every_method_has_active_settings():

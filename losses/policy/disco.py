@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _MAX_LOG_RATIO = 20.0
@@ -32,13 +32,6 @@ def in_mixed_group(labels: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows
     index = _index(group_ids)
     right, wrong = _group_sum((labels > 0).to(labels), index), _group_sum((labels < 0).to(labels), index)
     return ((right > 0) & (wrong > 0))[index]
-
-
-def mean_over_tokens(
-    values: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch time"]
-) -> Float[Tensor, " batch"]:
-    """Mean over each row's tokens in `mask`: s of an answer from its tokens. 0 on rows without any."""
-    return (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def capped_ratio(log_ratio: Float[Tensor, "batch time"]) -> Float[Tensor, "batch time"]:

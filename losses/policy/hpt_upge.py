@@ -234,11 +234,6 @@ def coefficient_loss(
     return -coefficients.detach() * logps
 
 
-def sequence_mean(values: Float[Tensor, "batch time"], mask: Shaped[Tensor, "batch time"]) -> Float[Tensor, " batch"]:
-    """Mean over each row's tokens in `mask`; 0 where there are none. With SFT's coefficient, L_SFT of Eq. 12."""
-    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)
-
-
 # --- HPT ----------------------------------------------------------------------------------------------------------
 
 # Of eight rows, the demonstration included, so many are right: weight of RL, of off-policy RL on the demonstration,

@@ -16,6 +16,7 @@ from papertrl import (
     PolicyTrainer,
     compose,
 )
+from papertrl.losses.masked import masked_mean
 from papertrl.losses.policy.disco import (
     answer_labels,
     answer_shares,
@@ -23,7 +24,6 @@ from papertrl.losses.policy.disco import (
     constraint_weight,
     discriminative_objective,
     in_mixed_group,
-    mean_over_tokens,
     sampling_divergence,
 )
 from papertrl.trainers.method import Method
@@ -107,7 +107,7 @@ def test_scores_and_divergence_of_tokens(rows, time, seed):
     g = torch.Generator().manual_seed(seed)
     log_ratio = 3 * torch.randn(rows, time, generator=g, dtype=torch.float64)
     mask = (torch.rand(rows, time, generator=g) < 0.6).long()
-    means, ratio = mean_over_tokens(log_ratio, mask), capped_ratio(log_ratio)
+    means, ratio = masked_mean(log_ratio, mask, dim=1), capped_ratio(log_ratio)
     k1, k3 = sampling_divergence(log_ratio, "k1"), sampling_divergence(log_ratio, "k3")
     for i in range(rows):
         valid = [log_ratio[i, t].item() for t in range(time) if mask[i, t]]

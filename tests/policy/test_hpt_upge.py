@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from papertrl import HptUpgeGRPOConfig, HptUpgeGRPOTrainer
 from papertrl.catalogue import load_trainer
+from papertrl.losses.masked import masked_mean
 from papertrl.losses.policy.hpt_upge import (
     ADVANTAGES,
     DENOMINATORS,
@@ -23,7 +24,6 @@ from papertrl.losses.policy.hpt_upge import (
     choose_advantages,
     coefficient,
     coefficient_loss,
-    sequence_mean,
     soft_weights,
     switch_weights,
 )
@@ -181,7 +181,7 @@ def test_finite_at_extremes(name, dtype):
 @given(shapes)
 def test_sequence_mean(shape):
     logps, _, _, _, mask = draw(*shape)
-    found = sequence_mean(logps, mask)
+    found = masked_mean(logps, mask, dim=1)
     for i in range(shape[0]):
         kept = [logps[i, t].item() for t in range(shape[1]) if mask[i, t]]
         assert found[i].item() == pytest.approx(sum(kept) / len(kept) if kept else 0.0)

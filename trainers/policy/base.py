@@ -9,7 +9,7 @@ from datasets import Dataset
 from trl import GRPOConfig
 
 from ...configuration import MethodConfigMixin, method_config, method_field
-from ...losses.policy.groups import group_mean, group_std, weighted_sum
+from ...losses.policy.groups import by_group, group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
 from .record import RolloutRecord, ScoredBatch
 from .rounds import PolicyRounds
@@ -287,6 +287,11 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         return (
             weighted_sum(scored.rewards, self.reward_weights.to(scored.rewards.device)) > self.args.success_threshold
         )
+
+    def solved_share(self, scored: ScoredBatch) -> torch.Tensor:
+        """Share of each group's completions that are solved `(groups,)`; of those that were scored, NaN for none."""
+        solved = self.solved(scored).float().masked_fill(scored.rewards.isnan().all(1), torch.nan)
+        return torch.nanmean(by_group(solved, scored.group_ids), dim=1)
 
     def keyed_generator(self, *key: int) -> torch.Generator:
         """CPU generator for this generation batch and `key`: the same on every rank and after a resume."""

@@ -3,13 +3,13 @@
 import torch
 
 from ...configuration import method_config, method_field
+from ...losses.masked import masked_mean
 from ...losses.policy.disco import (
     answer_labels,
     answer_shares,
     capped_ratio,
     constraint_weight,
     discriminative_objective,
-    mean_over_tokens,
     sampling_divergence,
 )
 from ..method import Method
@@ -195,7 +195,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
         labels = record.advantages.masked_fill(tokens == 0, 0.0)
         values = stats.logps if self.args.disco_score == "logl" else capped_ratio(stats.log_ratio)
         tau = (self.args.disco_tau or _TAU[self.args.disco_score]) if self.args.disco_dro else None
-        scores = mean_over_tokens(values, mask)
+        scores = masked_mean(values, mask, dim=1)
         shares = answer_shares(scores, labels, record.group_ids, tau)
         divergence = sampling_divergence(stats.log_ratio, self.args.disco_kl)
         # Rows from elsewhere, or sampled with a hint, tell nothing about the step from the sampling policy

@@ -1,6 +1,7 @@
 """Rows of all ranks between sampling and training: what is repaired, filtered and refilled."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -26,9 +27,13 @@ class Draft:
     rows: list[dict[str, Any]]
     scored: ScoredBatch
 
+    @cached_property
+    def _group_of_place(self) -> list[int]:
+        return self.scored.group_ids.tolist()
+
     def places(self, group: int) -> list[int]:
         """Places of a group's rows."""
-        return (self.scored.group_ids == group).nonzero().squeeze(1).tolist()
+        return [place for place, of in enumerate(self._group_of_place) if of == group]
 
     def take(self, place: int, other: "Draft", index: int, scored_under: list[int] | None = None) -> None:
         """

@@ -3,7 +3,6 @@
 import torch
 
 from ...configuration import method_config, method_field
-from ...losses.policy.groups import by_group
 from ...losses.policy.guide_grpo import percentile_gamma, reshape_ratio
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
@@ -144,7 +143,7 @@ class GuideGRPOTrainer(PolicyTrainer):
         failing = super().groups_to_repair(scored)
         if not self.args.guide_reroll:
             return failing
-        mine = self._solved_share(scored) <= self.args.guide_reroll_threshold
+        mine = self.solved_share(scored) <= self.args.guide_reroll_threshold
         self.log_metric("guide/reroll_fraction", mine.float().mean())
         return mine if failing is None else mine | failing
 
@@ -152,7 +151,7 @@ class GuideGRPOTrainer(PolicyTrainer):
         super().repair(draft)
         if not self.args.guide_reroll:
             return
-        share = self._solved_share(draft.scored)
+        share = self.solved_share(draft.scored)
         groups = (share <= self.args.guide_reroll_threshold).nonzero().squeeze(1).tolist()
         places = [p for g in groups if self._hint(draft, draft.places(g)[0]) is not None for p in draft.places(g)]
         if not places:
@@ -160,10 +159,11 @@ class GuideGRPOTrainer(PolicyTrainer):
         hinted = self.reroll(
             [draft.rows[p]["inputs"] for p in places], [self._hint(draft, p) for p in places], self._group_size
         )
-        success = self._solved_share(hinted.scored)
+        success = self.solved_share(hinted.scored)
         kept = self._teaches(success)
         self.log_metric("guide/hinted_accuracy", success.mean())
         self.log_metric("guide/kept_hinted_groups", kept.float().sum())
+        kept = kept.tolist()
         for index, place in enumerate(places):
             if kept[index // self._group_size]:
                 draft.take(place, hinted, index, scored_under=draft.rows[place]["prompt_ids"])
@@ -173,7 +173,7 @@ class GuideGRPOTrainer(PolicyTrainer):
         keep = super().filter_groups(scored)
         if not (self.args.guide_reroll and self.args.guide_max_resample_batches > 0):
             return keep
-        mine = self._teaches(self._solved_share(scored))
+        mine = self._teaches(self.solved_share(scored))
         return mine if keep is None else mine & keep
 
     def refill_rounds(self) -> int:
@@ -204,9 +204,6 @@ class GuideGRPOTrainer(PolicyTrainer):
 
     def _teaches(self, share: torch.Tensor) -> torch.Tensor:
         return (share > self.args.guide_reroll_threshold) & (share <= self.args.guide_keep_high)
-
-    def _solved_share(self, scored: ScoredBatch) -> torch.Tensor:
-        return torch.nanmean(by_group(self.solved(scored).float(), scored.group_ids), dim=1)
 
     def _hint(self, draft: Draft, place: int):
         return draft.rows[place]["inputs"][self.args.guide_hint_column]

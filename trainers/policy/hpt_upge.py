@@ -7,7 +7,8 @@ import torch
 from trl.data_utils import apply_chat_template
 
 from ...configuration import method_config, method_field
-from ...losses.policy.groups import by_group, group_mean, weighted_sum
+from ...losses.masked import masked_mean
+from ...losses.policy.groups import group_mean, weighted_sum
 from ...losses.policy.hpt_upge import (
     ADVANTAGES,
     DENOMINATORS,
@@ -18,7 +19,6 @@ from ...losses.policy.hpt_upge import (
     choose_advantages,
     coefficient,
     coefficient_loss,
-    sequence_mean,
     soft_weights,
     switch_weights,
 )
@@ -244,7 +244,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
         groups = super().groups_to_repair(scored)
         if self.args.hpt_mode == "none":
             return groups
-        performance = self._performance(scored)
+        performance = self.solved_share(scored)
         self.log_metric("hpt/solve_none", (performance <= 0).float().mean())
         self.log_metric("hpt/solve_all", (performance >= 1).float().mean())
         mine = self._to_demonstrate(performance)
@@ -254,16 +254,12 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
         super().demonstrate(draft)
         if self.args.hpt_mode == "none":
             return
-        for group in self._to_demonstrate(self._performance(draft.scored)).nonzero().squeeze(1).tolist():
+        for group in self._to_demonstrate(self.solved_share(draft.scored)).nonzero().squeeze(1).tolist():
             place = draft.places(group)[0]
             row = draft.rows[place]
             demonstration = row["inputs"][self.args.hpt_demo_column]
             if demonstration is not None:
                 draft.demonstrate(place, *self._completion(row["prompts"], demonstration))
-
-    def _performance(self, scored: ScoredBatch) -> torch.Tensor:
-        """Share of each group's rollouts that solve their prompt `(groups,)`, NaN where nobody scored them."""
-        return torch.nanmean(by_group(self._verdicts(scored), scored.group_ids), dim=1)
 
     def _verdicts(self, scored: ScoredBatch) -> torch.Tensor:
         return self.solved(scored).float().masked_fill(scored.rewards.isnan().all(1), torch.nan)
@@ -402,7 +398,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
         for name, instance, coef in parts:
             weight = record.statistics[f"hpt/{name}_weight"]
             found, _ = self._coefficient(INSTANCES[instance], stats, record)
-            losses = weight * sequence_mean(coefficient_loss(found, stats.logps), record.loss_mask)
+            losses = weight * masked_mean(coefficient_loss(found, stats.logps), record.loss_mask, dim=1)
             terms.append(LossTerm(f"hpt_{name}", losses, (weight > 0).float(), coef, per=prompts))
         return terms
 

@@ -154,16 +154,16 @@ class PolicyObjective(GRPOTrainer):
         log_ratio = (logps - old_logps) * record.loss_mask
         ratio = torch.exp(log_importance_weights(log_ratio, record.loss_mask, self.importance_sampling_level))
         return PolicyStatistics(
-            logps,
-            entropies,
-            log_ratio,
-            ratio,
-            self.epsilon_low,
-            self.epsilon_high,
-            self.args.delta,
-            old_logps,
-            entropy_mask,
-            aux_loss,
+            logps=logps,
+            entropies=entropies,
+            log_ratio=log_ratio,
+            ratio=ratio,
+            epsilon_low=self.epsilon_low,
+            epsilon_high=self.epsilon_high,
+            delta=self.args.delta,
+            old_logps=old_logps,
+            entropy_mask=entropy_mask,
+            aux_loss=aux_loss,
         )
 
     def _vespo_weights(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:

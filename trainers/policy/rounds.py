@@ -127,12 +127,9 @@ class PolicyRounds(PolicyRollout):
         rank, world, count = self.accelerator.process_index, self.accelerator.num_processes, len(inputs)
         local = -(-count // world)
         part = [min(i, count - 1) for i in range(rank * local, (rank + 1) * local)]
-        with self._aside(group_size):
-            local_prompts = [prompts[i] for i in part]
-            generation = Generation.from_trl(
-                [inputs[i] for i in part], local_prompts, super()._generate(local_prompts)
-            )
-            generation.prompts = [row["prompt"] for row in generation.inputs]
+        inputs, prompts = [inputs[i] for i in part], [prompts[i] for i in part]
+        with self._unlogged(), self._singly(group_size):
+            generation = Generation.from_trl(inputs, [row["prompt"] for row in inputs], super()._generate(prompts))
             scored = self._score(generation, None)
         return Draft(gather_object(generation.rows())[:count], scored.first(count))
 
@@ -184,7 +181,7 @@ class PolicyRounds(PolicyRollout):
         """
         seen, metrics = self.state.num_input_tokens_seen, self._pending_metrics
         self._pending_metrics = defaultdict(list)
-        with self._aside(1):
+        with self._unlogged():
             generation = self.complete(inputs, prompts, prompt_ids, completion_ids)
             rewards = super()._calculate_rewards(
                 generation.inputs, generation.prompts, generation.completions, generation.completion_ids
@@ -196,16 +193,25 @@ class PolicyRounds(PolicyRollout):
         return rewards[first : first + len(inputs)]
 
     @contextmanager
-    def _aside(self, group_size: int) -> Iterator[None]:
-        """Generate one completion per prompt, and keep what is logged out of the batch's metrics."""
-        kept = self._metrics, self.num_generations, self._group_size
-        self._metrics = {mode: defaultdict(list) for mode in kept[0]}
+    def _unlogged(self) -> Iterator[None]:
+        """Keep what is logged out of the batch's metrics, but for the number of tokens."""
+        kept = self._metrics
+        self._metrics = {mode: defaultdict(list) for mode in kept}
+        try:
+            yield
+        finally:
+            self._metrics = kept
+            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+
+    @contextmanager
+    def _singly(self, group_size: int) -> Iterator[None]:
+        """Generate one completion per prompt, and take `group_size` adjacent rows for a group."""
+        kept = self.num_generations, self._group_size
         self.num_generations, self._group_size = 1, group_size
         try:
             yield
         finally:
-            self._metrics, self.num_generations, self._group_size = kept
-            self._metrics["train"]["num_tokens"] = [self.state.num_input_tokens_seen]
+            self.num_generations, self._group_size = kept
 
     # --- Rounds -------------------------------------------------------------------------------------------------
 
@@ -235,7 +241,7 @@ class PolicyRounds(PolicyRollout):
         draft = Draft(gather_object(generation.rows()), scored)
         self.repair(draft)
         self.demonstrate(draft)
-        with self._aside(self._group_size):
+        with self._unlogged():
             scored.rewards = scored.raw_rewards.clone()
             scored.rewards = self.score(scored)
         scored.rewards[scored.source == Source.DEMONSTRATION] = torch.nan

@@ -3,7 +3,6 @@
 import torch
 
 from ...configuration import method_config, method_field
-from ...losses.policy.groups import by_group
 from ...losses.policy.scaf_grpo import exempt_steps, weakest_success
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
@@ -108,7 +107,7 @@ class ScafGRPOTrainer(PolicyTrainer):
         failing = super().groups_to_repair(scored)
         if not self._due():
             return failing
-        mine = self._unsolved(scored)
+        mine = self.solved_share(scored) == 0
         self.log_metric("scaf/trigger_rate", mine.float().mean())
         if not bool(mine.any()):
             self.log_metric("scaf/repaired_groups", 0.0)
@@ -118,7 +117,7 @@ class ScafGRPOTrainer(PolicyTrainer):
         super().repair(draft)
         if not self._due():
             return
-        groups = self._unsolved(draft.scored).nonzero().squeeze(1).tolist()
+        groups = (self.solved_share(draft.scored) == 0).nonzero().squeeze(1).tolist()
         ladders = {group: self._hints(draft, group) for group in groups}
         levels = max(map(len, ladders.values()), default=0)
         generator = self.keyed_generator(len(groups))
@@ -151,10 +150,6 @@ class ScafGRPOTrainer(PolicyTrainer):
             return False
         exempt = exempt_steps(args.scaf_exempt_ratio, self.state.max_steps, args.scaf_exempt_steps)
         return self.state.global_step >= exempt
-
-    def _unsolved(self, scored: ScoredBatch) -> torch.Tensor:
-        """Groups none of whose completions is solved."""
-        return torch.nansum(by_group(self.solved(scored).float(), scored.group_ids), dim=1) == 0
 
     def _hints(self, draft: Draft, group: int) -> list:
         """Different prompts with hints for a group, weakest first."""
