@@ -52,6 +52,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
+    "irpo": {},
     "asft": {},
 }
 
@@ -85,9 +86,10 @@ def dataset(family: str) -> Dataset:
         columns = {"hints": hints, "hint": [ladder[-1] for ladder in hints]}
         return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
-        return Dataset.from_dict(
-            {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
-        )
+        columns = {"chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
+        lists = {"completions": [[f"{i}", f"{2 * i + 1}", f"{3 * i}"][: 2 + i % 2] for i in numbers]}
+        lists["relevance"] = [[1, 2, 0][: 2 + i % 2] for i in numbers]
+        return Dataset.from_dict({"prompt": prompts} | columns | lists)
     return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]})
 
 
