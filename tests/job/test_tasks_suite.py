@@ -17,6 +17,7 @@ from papertrl.tasks import (
     CountdownTask,
     MarkerTask,
     MixtureTask,
+    RewriteTask,
     SortingTask,
     ToolCallTask,
     load_task,
@@ -32,6 +33,7 @@ HARDEST = {
     "countdown": {"numbers": 4, "largest": 99},
     "marker": {"letters": 12, "max_length": 20},
     "mixture": {"weights": {"addition": 1, "sorting": 1, "automaton": 1, "countdown": 2}, "easy_share": 0.2},
+    "rewrite": {"length": 12, "letters": 13},
     "sorting": {"length": 20, "alphabet": "letters"},
     "tool_call": {"tools": 6, "arguments": 3},
 }
@@ -90,8 +92,8 @@ def test_demonstrations_are_right_or_make_the_typical_error(name):
         return sum(scores(task, problems, list(demonstrations["completion"]))) / 400
 
     right, mixed, wrong = mean(0.0), mean(0.6), mean(1.0)
-    # The marker's demonstrations are long, which costs
-    assert right == 1.0 or (name == "marker" and 0.75 < right < 1.0)
+    # The marker's demonstrations are long and rewrites have few marks, which costs
+    assert right == 1.0 or (name in ("marker", "rewrite") and 0.75 < right < 1.0)
     assert right - 0.15 > mixed > wrong + 0.05
     with pytest.raises(ValueError, match=r"`error_share` must be in \[0, 1\], got 1.5"):
         task.demonstrations(3, 0, 1.5)
