@@ -25,8 +25,8 @@ def style_and_overlap(probe: Probe) -> dict[str, float]:
 
 CLAIM = Claim(
     method="sem_dpo",
-    statement="DPO on pairs that only style decides learns to change what the prompt means; with pairs weighted by how "
-    "near the winner stays to the prompt, meaning is kept at the same style.",
+    statement="DPO on pairs that only style decides learns to change what the prompt means; with pairs weighted by "
+    "how near the winner stays to the prompt, meaning is kept at the same style.",
     figures="8 to 12 % higher CLIP similarity, 5 to 9 % higher HPSv2.1 and PickScore than DPO (Qwen-1.5B and GPT-2)",
     check="Letters to repeat with marks of style. Winners have more marks, and other letters in 40 % of the pairs, "
     "losers in 20 %. The encoder counts characters. Measured is the overlap of letters in samples, with style as "

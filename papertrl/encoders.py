@@ -1,7 +1,6 @@
 """Frozen encoders of texts: vectors whose cosine says how near two texts are."""
 
 import logging
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -37,11 +36,8 @@ def load_encoder(name: str) -> Encoder:
 
 def count_characters(texts: list[str]) -> torch.Tensor:
     """Number of times that each character is in the text; white space does not count."""
-    counts = torch.zeros(len(texts), CHARACTER_DIMENSIONS)
-    for row, text in zip(counts, texts, strict=True):
-        for character, count in Counter("".join(text.split())).items():
-            row[ord(character) % CHARACTER_DIMENSIONS] += count
-    return counts
+    codes = [[ord(c) % CHARACTER_DIMENSIONS for c in text if not c.isspace()] for text in texts]
+    return torch.stack([torch.tensor(row, dtype=torch.long).bincount(minlength=CHARACTER_DIMENSIONS) for row in codes])
 
 
 def encode(encoder: str | Encoder, texts: list[str]) -> torch.Tensor:
@@ -99,8 +95,8 @@ def _load_sentence_transformer(name: str) -> Encoder:
         model = SentenceTransformer(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"The encoder '{name}' is none of 'characters' and 'wordllama', and no model of sentence-transformers that "
-            f"can be loaded: {' '.join(str(error).split())[:200]}"
+            f"The encoder '{name}' is none of 'characters' and 'wordllama', and no model of sentence-transformers "
+            f"that can be loaded: {' '.join(str(error).split())[:200]}"
         ) from error
 
     def embed(texts: list[str]) -> torch.Tensor:

@@ -34,8 +34,8 @@ class SemDPOConfig(PreferenceConfig):
     )
     sem_normalize: bool = method_field(
         False,
-        "Whether to divide the weights by their mean over the micro-batch on all processes. The paper does not; without, "
-        "a large α is also a smaller learning rate.",
+        "Whether to divide the weights by their mean over the micro-batch on all processes. The paper does not; "
+        "without, a large α is also a smaller learning rate.",
     )
 
     def validate(self) -> None:
@@ -44,8 +44,8 @@ class SemDPOConfig(PreferenceConfig):
             return
         if self.use_weighting:
             raise ValueError(
-                f"`use_weighting` must be False with `sem_alpha={self.sem_alpha}`, got True: both multiply the loss of "
-                "each pair. Set `use_weighting=False` or `sem_alpha=0`."
+                f"`use_weighting` must be False with `sem_alpha={self.sem_alpha}`, got True: both multiply each "
+                "pair's loss. Set `use_weighting=False` or `sem_alpha=0`."
             )
         sorting = [name for name in self.loss_type if name in ("aot", "aot_unpaired")]
         if sorting:
@@ -168,7 +168,7 @@ class SemDPOTrainer(PreferenceTrainer):
         self.log_metric("sem_dpo/weight", mean)
         self.log_metric("sem_dpo/weight_min", everywhere[:, 0].min())
         if self.args.sem_normalize:
-            own = own / mean
+            own = own / mean.clamp(min=torch.finfo(own.dtype).tiny)
         return own if weights is None else weights * own
 
 
