@@ -17,6 +17,7 @@ from papertrl.tasks import (
     CountdownTask,
     MarkerTask,
     MixtureTask,
+    RewriteTask,
     SortingTask,
     ToolCallTask,
     load_task,
