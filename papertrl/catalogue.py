@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "rpo": "preference",
     "hypo": "preference",
     "asft": "supervised",
+    "implicit_reward_sft": "supervised",
 }
 
 # Methods that go together, with a recipe and a claim of their own
