@@ -3,6 +3,7 @@
 import random
 import tempfile
 from copy import deepcopy
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -13,7 +14,8 @@ from ..evidence import Arm, Claim, Comparison, Metric, Probe, Start, kl_to_start
 AFTER_DPO = Metric("after_dpo")
 KEPT = Metric("kept")
 KL = Metric("kl", "lower")
-RATE = 1e-3
+USUAL_RATE = 1e-3
+DPO_SEED = 20_250_630
 TAUGHT = "addition"
 
 
@@ -36,7 +38,7 @@ def after_dpo(probe: Probe) -> dict[str, float]:
     """`after_dpo`: accuracy on the taught domain of a copy of the model after a short DPO stage, the same for all."""
     from ..trainers.preference.base import PreferenceConfig, PreferenceTrainer
 
-    # Trainers patch the forward of their model, which a copy would share
+    # A trainer patches the forward of its model, which a copy would share
     policy, reference = (deepcopy(probe.start_model).train() for _ in range(2))
     for model in (policy, reference):
         model.load_state_dict(probe.model.state_dict())
@@ -48,10 +50,10 @@ def after_dpo(probe: Probe) -> dict[str, float]:
             reference,
             PreferenceConfig(
                 output,
-                beta=0.1,
-                learning_rate=1e-4,
+                beta=1.0,
+                learning_rate=3e-5,
                 lr_scheduler_type="constant",
-                max_steps=60,
+                max_steps=40,
                 per_device_train_batch_size=64,
                 seed=DPO_SEED,
                 bf16=False,
@@ -67,41 +69,47 @@ def after_dpo(probe: Probe) -> dict[str, float]:
         trainer.train()
     random.setstate(states[0])
     np.random.set_state(states[1])
-    tuned = Probe(
-        policy.eval(), probe.start_model, probe.tokenizer, probe.task, probe.problems, probe.max_new_tokens
-    )
-    return {"after_dpo": accuracies(tuned)["taught"], "kept_after_dpo": accuracies(tuned)["kept"]}
+    tuned = replace(probe, model=policy.eval(), _samples={})
+    return {"after_dpo": accuracies(tuned)["taught"]}
 
 
-DPO_SEED = 20_250_630
+PEARSON = {"sft_divergence": "pearson_chi2", "sft_divergence_level": "sequence", "sft_beta": 0.5}
+SLOW = {"learning_rate": USUAL_RATE / 4}
 
 CLAIM = Claim(
     method="implicit_reward_sft",
-    statement="SFT's linear utility of the implicit reward sets no limit to how far it goes from its start. A concave "
-    "utility, or a clearly lower learning rate, does, and leaves a model that DPO makes better.",
-    figures="a lower rate: up to 25 % relative and 6 points absolute of win rate (not verified here)",
-    check="",
+    statement="SFT's linear utility of the implicit reward sets no limit to how far it goes from its start. A clearly "
+    "lower learning rate does, and a concave utility too: both leave a model that a DPO stage makes better.",
+    figures="a lower rate: up to 25 % relative and 6 points absolute of win rate in instruction following; "
+    "f-divergence SFT improves the model after DPO further (from the abstract)",
+    check="A model that half knows sums and sorting is tuned on 400 sums, a fifth of them wrong, at a rate usual for "
+    "its size and at a quarter of it, by SFT and by the Pearson utility of the sequence's reward (β = 0.5). The last "
+    "measurement trains a copy by DPO, alike for all arms, on 40 batches of clean pairs of sums. Measured are "
+    "accuracy on held-out sums after DPO, on sorting, which is not trained, before it, and the divergence from the "
+    "start.",
     task="mixture",
     task_kwargs={"weights": {"addition": 1.0, "sorting": 1.0}, "easy_share": 0.0},
-    start=Start(steps=1600, error_share=0.5),
+    start=Start(steps=1000, error_share=0.5),
     data=noisy_sums,
     train_problems=400,
-    settings={"per_device_train_batch_size": 64, "max_steps": 150, "learning_rate": RATE},
+    held_out=400,
+    settings={"per_device_train_batch_size": 64, "max_steps": 100, "learning_rate": USUAL_RATE},
     arms={
         "SFT": Arm(),
-        "Pearson χ²": Arm(methods=("implicit_reward_sft",), settings={"sft_divergence": "pearson_chi2"}),
-        "squared Hellinger": Arm(methods=("implicit_reward_sft",), settings={"sft_divergence": "squared_hellinger"}),
-        "SFT, a quarter of the rate": Arm(settings={"learning_rate": RATE / 4}),
+        "SFT, low rate": Arm(settings=SLOW, note="a quarter"),
+        "Pearson": Arm(methods=("implicit_reward_sft",), settings=PEARSON),
+        "Pearson, low rate": Arm(methods=("implicit_reward_sft",), settings={**PEARSON, **SLOW}),
     },
     comparisons=(
-        Comparison("Pearson χ²", "SFT", AFTER_DPO, 0.02),
-        Comparison("SFT, a quarter of the rate", "SFT", AFTER_DPO, 0.02),
-        Comparison("squared Hellinger", "SFT", AFTER_DPO, 0.02),
-        Comparison("Pearson χ²", "SFT", KEPT, 0.02),
-        Comparison("Pearson χ²", "SFT", KL, 0.1),
+        Comparison("Pearson, low rate", "SFT", AFTER_DPO, 0.03, guards={KEPT: 0.03}),
+        Comparison("SFT, low rate", "SFT", AFTER_DPO, 0.03, guards={KEPT: 0.03}),
+        Comparison("Pearson", "SFT", AFTER_DPO, 0.03, guards={KEPT: 0.03}),
+        Comparison("Pearson, low rate", "SFT, low rate", AFTER_DPO, 0.03, guards={KEPT: 0.03}),
+        Comparison("Pearson", "SFT", KL, 0.2),
+        Comparison("Pearson", "SFT", KEPT, 0.03),
     ),
     tune_on=AFTER_DPO,
     measures=(accuracies, kl_to_start, after_dpo),
     evaluations=1,
-    logs=("implicit_reward/mean", "implicit_reward/slope", "implicit_reward/clamped_fraction"),
+    logs=("implicit_reward/mean", "implicit_reward/slope"),
 )
