@@ -173,7 +173,8 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
     chosen: dict[str, dataclasses.Field] = {}
     for config in leaves:
         for base in config.__mro__:
-            if MethodConfigMixin in base.__mro__[1:]:
+            # What all have from a common base is theirs anyway, unless one of them overrides it
+            if MethodConfigMixin in base.__mro__[1:] and not all(issubclass(leaf, base) for leaf in leaves):
                 for f in own_fields(base):
                     chosen.setdefault(f.name, config.__dataclass_fields__[f.name])
 

@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.dpo_trainer import global_then_local_main_first
 from trl.trainer.utils import use_adapter
 
 from ...configuration import MethodConfigMixin, method_config, method_field
@@ -16,7 +18,9 @@ from ...losses.preference.scores import divergence_score, sequence_logps, wpo_we
 from ..method import MethodTrainer
 from ..shared_prefix import SharesPrompts
 from ..terms import LossTerm
+from .collation import CarryingCollator
 from .record import PreferenceRecord
+from .rounds import PreferenceRounds
 from .sampling import SampledCompletions
 from .sharing import pair_inputs
 
@@ -36,7 +40,7 @@ PINNED = {
     "trl.distributed.DistributedBackend": "df5f1ebf26636f63193beaf5e23301d4",
 }
 
-_NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
+_NON_MODEL_KEYS = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "extras")
 
 
 @method_config
@@ -48,14 +52,61 @@ class PreferenceConfig(MethodConfigMixin, DPOConfig):
         "Whether the prompt of a pair is computed once for both completions, and completions without their padding. "
         "Same log-probabilities and gradients as TRL's, up to rounding.",
     )
+    online_iterations: int = method_field(
+        0,
+        "Iterations of the online loop: in each, completions of the dataset's prompts are sampled, judged and paired, "
+        "and an equal share of the optimizer steps trains on them. 0 trains on the dataset's pairs.",
+        ge=0,
+    )
+    online_num_prompts: int | None = method_field(
+        None, "Prompts per iteration. Unset, the dataset is divided evenly among the iterations.", ge=1
+    )
+    online_num_samples: int = method_field(2, "Completions sampled per prompt.", ge=1)
+    online_max_new_tokens: int = method_field(256, "Longest sampled completion, in tokens.", ge=1)
+    online_temperature: float = method_field(1.0, "Temperature of sampling.", gt=0.0)
+    online_top_p: float = method_field(1.0, "Nucleus of sampling: probability mass that is kept.", gt=0.0, le=1.0)
+    online_top_k: int = method_field(0, "Number of most likely tokens to sample from; 0 for all.", ge=0)
+    online_batch_size: int = method_field(64, "Rows per forward of sampling and of reward models, per device.", ge=1)
+    online_reference: str = method_field(
+        "initial",
+        "Reference model of an iteration: `initial`, as given; `previous`, the policy with which the iteration "
+        "begins; or `ema`, an average over such policies that each iteration updates.",
+        choices=("initial", "previous", "ema"),
+    )
+    online_reference_decay: float = method_field(
+        0.9, "With `online_reference='ema'`, weight of the reference against the policy.", ge=0.0, le=1.0
+    )
+    online_accumulate: bool = method_field(False, "Whether pairs of earlier iterations are trained on as well.")
+    online_reward_weights: list[float] | None = method_field(
+        None, "Weight of each reward function in a completion's score. Defaults to 1 each."
+    )
     check_records: bool = method_field(
         False,
         "Whether to check the values of every preference record, not only its shapes. For debugging: it waits for the "
         "device once per batch.",
     )
 
+    def validate(self) -> None:
+        super().validate()
+        if self.online_iterations == 0:
+            return
+        if 0 < self.max_steps < self.online_iterations:
+            raise ValueError(
+                f"`online_iterations` must be at most `max_steps` ({self.max_steps}), got {self.online_iterations}."
+            )
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs` must be False with `online_iterations` > 0, got True: the pairs do not "
+                "exist yet."
+            )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"`online_iterations={self.online_iterations}` samples from whole prompts and needs `truncation_mode="
+                f"'keep_start'`, got {self.truncation_mode!r}, which cuts the prompt."
+            )
 
-class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
+
+class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose step is a sequence of stages. By itself it trains as its parent does: to the bit with
     `share_prompts` off, up to rounding with it on, as it is by default.
@@ -64,32 +115,143 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
 
     | stage | method to override | input → output |
     |---|---|---|
+    | prepare | `prepare` | tokenized rows of pairs → the same with further columns |
+    | collate | `collate` | rows of a batch → tensors of these columns |
     | sample candidates | `sample` | batch → completions of the current policy, by method name |
     | statistics | `statistics` | batch → `PreferenceRecord` |
     | scores | `scores` | record → scores of chosen and rejected `(pairs,)` each |
     | margin | `margin` | scores → Δ `(pairs,)` |
     | pair losses | `pair_losses` | record, scores, Δ → one term per `loss_type`, values `(pairs,)` |
+    | smoothing | `smoothing` | record → probabilities `(pairs,)` that the labels are wrong, or `None` for 0 |
     | pair weights | `pair_weights` | record → weights `(pairs,)` or `None` |
     | extra terms | `extra_terms` | record → named terms |
 
     Every value stays per pair until [`reduce_terms`], which takes means, weights and adds. `sample` and `extra_terms`
     act in evaluation too unless a method says otherwise.
+
+    With `online_iterations` > 0, the pairs are made of the policy's own completions of the dataset's prompts; see
+    [`~papertrl.trainers.preference.rounds.PreferenceRounds`] for the stages of that loop.
+
+    Args:
+        model, ref_model, args, ...:
+            As for [`~trl.DPOTrainer`]; `args` is a [`PreferenceConfig`] or a [`~trl.DPOConfig`].
+        reward_funcs (`str`, `~transformers.PreTrainedModel`, `Callable`, or a list of these, *optional*):
+            Score sampled completions, as in [`~trl.GRPOTrainer`]: functions with TRL's signature, sequence
+            classifiers with one label, or ids or folders of such.
+        judge (`Callable`, *optional*):
+            Pairwise preference model instead: (prompts, firsts, seconds) → P(first ≻ second), lists of texts or of
+            messages in and a list of numbers in [0, 1] out. It is asked in both orders.
+        reward_processing_classes (`~transformers.PreTrainedTokenizerBase` or a list, *optional*):
+            Tokenizers of the reward models.
+
+    Raises:
+        `ValueError`: if the dataset lacks a column, or the online loop has nobody to judge, or two that do.
     """
 
     family = "preference"
     trl_suffix = "DPOTrainer"
-    stages = ("sample", "statistics", "scores", "margin", "pair_losses", "pair_weights", "extra_terms")
+    stages = (
+        "choose_prompts",
+        "propose",
+        "judge",
+        "pair",
+        "select_pairs",
+        "prepare",
+        "collate",
+        "sample",
+        "statistics",
+        "scores",
+        "margin",
+        "pair_losses",
+        "smoothing",
+        "pair_weights",
+        "extra_terms",
+    )
     config_class = PreferenceConfig
     _tag_names = ["trl", "papertrl", "dpo"]
 
-    def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        *trl_args,
+        reward_funcs=None,
+        judge=None,
+        reward_processing_classes=None,
+        **trl_kwargs,
+    ):
         args = self.make_config(args, model)
-        self.check_columns(trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset"), args)
+        dataset = trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset")
+        self.check_columns(dataset, args)
+        # The stage *prepare* runs inside of TRL's constructor, before it sets this
+        self.args = args
+        self.check_online(dataset, reward_funcs, judge)
+        # What TRL must leave as it is
+        self._prompts = dataset if args.online_iterations > 0 else None
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
+        if args.online_iterations > 0:
+            self.set_up_online(reward_funcs, judge, reward_processing_classes)
+        if self.carried():
+            if self._is_vision_dataset:
+                raise ValueError(
+                    f"{[m.name for m in self.methods]} need the columns {self.carried()} of prepared rows, and "
+                    "datasets with images are prepared batch by batch. Use a dataset without images."
+                )
+            self.data_collator = CarryingCollator(self.data_collator, self.collate)
         fields = ("log_probs", "entropy", "mean_logits", "is_top1")
         self._set_up_sharing(1.0, False, (*fields, "log_sum_sq_probs") if self.use_weighting else fields)
 
+    # --- Rows ---------------------------------------------------------------------------------------------------
+
+    def carried(self) -> list[str]:
+        """Columns of prepared rows that the stage *collate* reads. Extend through `super()`."""
+        return []
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if dataset is self._prompts:
+            return dataset
+        dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+        with global_then_local_main_first():
+            return self.prepare(dataset, dataset_name)
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns += [name for name in self.carried() if name not in self._signature_columns]
+
+    def compute_ref_log_probs(self, model, inputs):
+        return super().compute_ref_log_probs(model, {k: v for k, v in inputs.items() if k != "extras"})
+
     # --- Stages -------------------------------------------------------------------------------------------------
+
+    def prepare(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
+        """
+        Stage *prepare*: columns that a method adds to rows of pairs, once.
+
+        Args:
+            dataset (`Dataset` or `IterableDataset`):
+                Rows as TRL prepares them: `prompt_ids`, `chosen_ids`, `rejected_ids`, and all columns of the dataset.
+            name (`str`):
+                `"train"`, `"eval"` or what the evaluation dataset is called.
+
+        Returns:
+            The rows with further columns; extend through `super()`. [`carried`] names those that reach `collate`.
+        """
+        return dataset
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """
+        Stage *collate*: tensors of what [`carried`] names, for one batch.
+
+        Args:
+            examples (`list[dict]`):
+                Rows of the batch.
+
+        Returns:
+            `dict[str, torch.Tensor]`: one entry per pair each; extend through `super()`, under names that begin with
+            the method's. They arrive in `record.extras`.
+        """
+        return {}
 
     def sample(self, inputs: dict[str, Any]) -> dict[str, SampledCompletions]:
         """
@@ -140,6 +302,7 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
             is_top1=outputs["is_top1"],
             log_sum_sq_probs=outputs["log_sum_sq_probs"].detach() if self.use_weighting else None,
             aux_loss=outputs["aux_loss"] if self.aux_loss_enabled else None,
+            extras=inputs.get("extras", {}),
         )
 
     def scores(self, record: PreferenceRecord) -> tuple[torch.Tensor, torch.Tensor]:
@@ -195,6 +358,14 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
             LossTerm(name, call_pair_loss(name, available), coef=weight)
             for name, weight in zip(self.loss_types, self.loss_weights, strict=True)
         ]
+
+    def smoothing(self, record: PreferenceRecord) -> torch.Tensor | None:
+        """
+        Stage *smoothing*: α, how likely the label of each pair is wrong, `(pairs,)` in [0, 1], or `None` for 0.
+
+        Every loss of a pair becomes (1 − α)·ℓ(chosen, rejected) + α·ℓ(rejected, chosen).
+        """
+        return None
 
     def pair_weights(self, record: PreferenceRecord) -> torch.Tensor | None:
         """Stage *pair weights*: what multiplies every pair's losses, `(pairs,)`, or `None` for 1."""
@@ -289,6 +460,11 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
         chosen_scores, rejected_scores = self.scores(record)
         margin = self.margin(record, chosen_scores, rejected_scores)
         pair_losses = self.pair_losses(record, chosen_scores, rejected_scores, margin)
+        alpha = self.smoothing(record)
+        if alpha is not None:
+            flipped_losses = self.pair_losses(record.flipped(), rejected_scores, chosen_scores, -margin)
+            for term, other in zip(pair_losses, flipped_losses, strict=True):
+                term.values = torch.lerp(term.values, other.values, alpha)
         weights = self.pair_weights(record)
         if weights is not None:
             for term in pair_losses:
@@ -304,7 +480,7 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
             for term in extra_terms:
                 self.log_mean(f"loss/{term.name}", term.sum(), term.count())
         self._log_tokens(record)
-        self._log_rewards(record)
+        self._log_rewards(record, margin)
         if not return_outputs:
             return loss
         warnings.warn(
@@ -373,7 +549,7 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
             self._total_train_tokens = self._total_train_tokens + total["processed"].long() // self._tp_size
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
 
-    def _log_rewards(self, record: PreferenceRecord) -> None:
+    def _log_rewards(self, record: PreferenceRecord, margin: torch.Tensor) -> None:
         chosen_rewards, rejected_rewards = (self.beta * record.logratios.detach()).chunk(2)
         chosen_logps, rejected_logps = record.logps.detach().chunk(2)
         per_pair = {
@@ -381,6 +557,8 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
             "rewards/rejected": rejected_rewards,
             "rewards/accuracies": chosen_rewards > rejected_rewards,
             "rewards/margins": chosen_rewards - rejected_rewards,
+            # On the scale that the losses see, which methods may have changed
+            "rewards/optimized_margins": self.beta * margin.detach(),
             "logps/chosen": chosen_logps,
             "logps/rejected": rejected_logps,
         }

@@ -54,7 +54,7 @@ class LnDPOTrainer(PreferenceTrainer):
 
     An empty completion counts as one of length 1 with score 0. With `ld_alpha` the numerator is reweighted, the length
     is not; with another `f_divergence_type` its score is divided in place of h. `rewards/*` stay as TRL logs them, on
-    summed log-ratios; `rewards/normalized_margins` is what the loss sees, β · Δ.
+    summed log-ratios; `rewards/optimized_margins` is what the loss sees, β · Δ.
 
     Args:
         model, ref_model, args, ...:
@@ -85,7 +85,7 @@ class LnDPOTrainer(PreferenceTrainer):
     >>> args = LnDPOConfig("/tmp/ln_dpo", max_steps=1, bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
     >>> trainer = LnDPOTrainer(model, deepcopy(model), args, train_dataset=dataset, processing_class=tokenizer)
     >>> trainer.train()
-    {'train_runtime': ..., 'rewards/normalized_margins': '0', 'length_norm/divisor': '3.5', ...}
+    {'train_runtime': ..., 'length_norm/divisor': '3.5', ...}
     TrainOutput(global_step=1, ...)
 
     ```
@@ -118,8 +118,5 @@ class LnDPOTrainer(PreferenceTrainer):
             return chosen, rejected
         divisor = length_divisor(record.lengths, self.args.length_norm_power)
         chosen_divisor, rejected_divisor = divisor.chunk(2)
-        chosen, rejected = chosen / chosen_divisor, rejected / rejected_divisor
-        margins = self.beta * (chosen - rejected).detach()
-        self.log_mean("rewards/normalized_margins", margins.sum(), margins.new_tensor(len(margins)))
         self.log_mean("length_norm/divisor", divisor.sum(), divisor.new_tensor(len(divisor)))
-        return chosen, rejected
+        return chosen / chosen_divisor, rejected / rejected_divisor

@@ -1,6 +1,6 @@
 """The record that preference stages pass on. Its contract is stated and checked here, once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 
@@ -39,6 +39,8 @@ class PreferenceRecord:
             Load-balancing loss of a mixture of experts, with gradient.
         samples (`dict[str, SampledCompletions]`):
             What methods sampled before the policy's pass, by method name.
+        extras (`dict[str, torch.Tensor]`):
+            What methods made of further dataset columns in the stage *collate*, one entry per pair.
 
     Raises:
         `ValueError`: if a tensor breaks the contract; the message names it.
@@ -57,6 +59,7 @@ class PreferenceRecord:
     log_sum_sq_probs: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     samples: dict[str, SampledCompletions] = field(default_factory=dict)
+    extras: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def __post_init__(self):
         rows, length = self.input_ids.shape
@@ -72,6 +75,11 @@ class PreferenceRecord:
             value = getattr(self, name)
             if value is not None and value.requires_grad:
                 raise ValueError(f"`PreferenceRecord.{name}` must be without gradient.")
+        for name, value in self.extras.items():
+            if len(value) != rows // 2:
+                raise ValueError(
+                    f"`PreferenceRecord.extras['{name}']` must have {rows // 2} entries, got {len(value)}."
+                )
 
     def check_values(self) -> None:
         """
@@ -91,6 +99,11 @@ class PreferenceRecord:
                 raise ValueError(f"`PreferenceRecord.{name}` is not finite everywhere.")
             if (value[self.shift_completion_mask == 0] != 0).any():
                 raise ValueError(f"`PreferenceRecord.{name}` is not 0 outside the completion.")
+
+    def flipped(self) -> "PreferenceRecord":
+        """The same pairs with chosen and rejected exchanged; `extras` and `samples` stay."""
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("aux_loss", "samples", "extras")}
+        return replace(self, **{name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None})
 
     @property
     def shift_completion_mask(self) -> torch.Tensor:
