@@ -54,6 +54,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
+    "implicit_reward_sft": {},
 }
 
 
