@@ -96,7 +96,7 @@ class IrpoDPOTrainer(PreferenceTrainer):
     irrelevant), `ranks` (1 is best) or `scores`. Ranks default to the order of scores, or of relevance; relevance to
     (N − rank) / (N − 1). A row with `chosen` and `rejected` instead is a list of two, for which the loss in the layout
     `separate` is half of DPO's on log-ratios per token. In context, an item is scored after the items before it, in
-    shuffled order. Lists may differ in length.
+    shuffled order. Lists may differ in length. Pairs of the online loop are lists of two.
 
     To the other stages a list is a pair: its best and its worst item, each with what stands before it. Their
     log-probabilities, rewards and imitation terms, weights of pairs and smoothed labels (the opposite ranking) keep
@@ -169,7 +169,9 @@ class IrpoDPOTrainer(PreferenceTrainer):
     # --- Rows ---------------------------------------------------------------------------------------------------
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if args.irpo_weighting != "none" and "completions" in next(iter(dataset)):
+        # Prompts of the online loop stay as they are
+        lists = args.irpo_weighting != "none" and dataset is not self._prompts and "completions" in next(iter(dataset))
+        if lists:
             dataset = dataset.map(best_and_worst)
         return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
 

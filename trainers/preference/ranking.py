@@ -69,7 +69,7 @@ def tokenize_list(
 
     Args:
         row (`dict[str, Any]`):
-            As [`ranked_list`] takes it, with `prompt`.
+            As [`ranked_list`] takes it, with what TRL made of it.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             Tokenizer, a fast one for `in_context`.
         layout (`str`):
@@ -97,9 +97,12 @@ def tokenize_list(
         items, relevance, ranks = ([values[i] for i in order] for values in (items, relevance, ranks))
         prompt_ids, completion_ids, item_index = _in_context(row, items, tokenizer, separator)
     else:
-        if isinstance(items[0], str):
-            items = [item + tokenizer.eos_token for item in items]
-        prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], items, template_options(row))
+        if row.get("completions") is None:
+            prompt_ids, completion_ids = row["prompt_ids"], [row["chosen_ids"], row["rejected_ids"]]
+        else:
+            if isinstance(items[0], str):
+                items = [item + tokenizer.eos_token for item in items]
+            prompt_ids, completion_ids = tokenize_completions(tokenizer, row["prompt"], items, template_options(row))
         item_index = [[number] * len(ids) for number, ids in enumerate(completion_ids, 1)]
     return {
         "irpo_prompt_ids": prompt_ids,
