@@ -111,7 +111,7 @@ def list_loss(
     differences = differences.masked_fill(~competes, -math.inf).where(contested.unsqueeze(2), 0.0)
     z = differences.logsumexp(2)
     if normalize:
-        z = z - (count - 1).clamp(min=1).log()
+        z = z - (count - 1).clamp(min=1).to(z.dtype).log()
     z = z.where(contested, 0.0)
     losses = (weights * -F.logsigmoid(-z)).where(contested, 0.0).sum(1)
     return losses / count.squeeze(1).clamp(min=1) if normalize else losses, z

@@ -252,9 +252,9 @@ class IrpoDPOTrainer(PreferenceTrainer):
         outputs = self._score(model, {**rows, **router}, scored)
         with self.reference_model() as reference:
             ref_logps = self._score(reference, rows, scored)["log_probs"]
-        fields = {name: outputs[name] for name in ("entropy", "mean_logits", "is_top1", "log_sum_sq_probs")}
-        fields = {name: values.detach() for name, values in fields.items() if values is not None}
-        fields |= {"per_token_logps": outputs["log_probs"], "ref_per_token_logps": ref_logps}
+        fields = {"per_token_logps": outputs["log_probs"], "ref_per_token_logps": ref_logps}
+        observed = ("entropy", "mean_logits", "is_top1", *(["log_sum_sq_probs"] if self.use_weighting else []))
+        fields |= {name: outputs[name].detach() for name in observed}
         place = exists.unsqueeze(2)
         return {
             name: values.new_zeros(*exists.shape, values.shape[1]).masked_scatter(place, values)
