@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "rpo": "preference",
     "hypo": "preference",
     "irpo": "preference",
+    "srpo": "preference",
     "sem_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",
@@ -83,6 +84,7 @@ def load_trainer(name: str) -> type:
 def exports() -> dict[str, str]:
     """Public names of the package and the module that defines each."""
     names = {"compose": "papertrl.trainers.method", "METHODS": "papertrl.catalogue"}
+    names["revise"] = "papertrl.samplers.revision"
     for family, base in BASES.items():
         module = f"papertrl.trainers.{family}.base"
         names |= {base: module, base.replace("Trainer", "Config"): module}

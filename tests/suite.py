@@ -53,6 +53,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
     "irpo": {},
+    "srpo": {},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
     "implicit_reward_sft": {},

@@ -48,6 +48,7 @@ INCOMPATIBLE = {
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
     ("constrained_rlhf", "two_stage_math"): ("combine_rewards", {"constraint_thresholds": None}),
     ("dynamic_reward_weighting", "two_stage_math"): ("combine_rewards", {"reward_weighting": "none"}),
+    ("irpo", "srpo"): ("pair_losses", {"srpo_alpha": None}),
 }
 
 

@@ -22,16 +22,9 @@ from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .ranking import best_and_worst, tokenize_list
 from .record import PreferenceRecord
+from .replaced import refuse_settings_of_pair_losses
 from .tokenization import kept_tokens, stack_tokens
 
-# What would act on the base's pair losses, which the list loss replaces, with the values that do not
-_OF_PAIRS = {
-    "loss_type": ["sigmoid"],
-    "label_smoothing": 0.0,
-    "f_divergence_type": "reverse_kl",
-    "ld_alpha": None,
-    "precompute_ref_log_probs": False,
-}
 _COLUMNS = ("irpo_prompt_ids", "irpo_completion_ids", "irpo_item_index", "irpo_relevance", "irpo_ranks")
 _PLACES = (1, 3, 5, 10)
 
@@ -68,14 +61,7 @@ class IrpoDPOConfig(PreferenceConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.irpo_weighting == "none":
-            return
-        for name, value in _OF_PAIRS.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"`irpo_weighting={self.irpo_weighting!r}` replaces the losses of pairs and needs "
-                    f"`{name}={value!r}`, got {getattr(self, name)!r}. Set it so, or `irpo_weighting='none'`."
-                )
+        refuse_settings_of_pair_losses(self, "irpo_weighting", "none")
 
 
 class IrpoDPOTrainer(PreferenceTrainer):

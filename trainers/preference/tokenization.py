@@ -16,6 +16,15 @@ def template_options(row: dict[str, Any]) -> dict[str, Any]:
     return {"tools": json.loads(tools) if isinstance(tools, str) else tools, **options}
 
 
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], options: dict[str, Any]
+) -> list[int]:
+    """Tokens of text, or of messages with the beginning of an answer."""
+    if isinstance(prompt, str):
+        return tokenizer(text=prompt)["input_ids"]
+    return _chat_ids(tokenizer, prompt, add_generation_prompt=True, **options)
+
+
 def tokenize_completions(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], completions: list, options: dict[str, Any]
 ) -> tuple[list[int], list[list[int]]]:
@@ -37,11 +46,10 @@ def tokenize_completions(
     Returns:
         `tuple[list[int], list[list[int]]]`: the prompt's tokens, and those of each completion.
     """
+    prompt_ids = tokenize_prompt(tokenizer, prompt, options)
     if isinstance(prompt, str):
-        prompt_ids = tokenizer(text=prompt)["input_ids"]
         sequences = [tokenizer(text=prompt + completion)["input_ids"] for completion in completions]
     else:
-        prompt_ids = _chat_ids(tokenizer, prompt, add_generation_prompt=True, **options)
         sequences = [_chat_ids(tokenizer, prompt + completion, **options) for completion in completions]
     start = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
     return prompt_ids[:start], [ids[start:] for ids in sequences]
