@@ -24,6 +24,7 @@ METHODS: dict[str, str] = {
     "hypo": "preference",
     "sem_dpo": "preference",
     "asft": "supervised",
+    "implicit_reward_sft": "supervised",
 }
 
 # Methods that go together, with a recipe and a claim of their own
