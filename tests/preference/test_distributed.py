@@ -12,15 +12,16 @@ from datasets import disable_progress_bars
 from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, SemDPOTrainer, compose
 from papertrl.tiny import tiny_tokenizer
 
-from .common import history, make_trainer, weights
+from .common import history, make_trainer, pairs, weights
 
 TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
 ONLINE = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
+DISTANT = pairs().add_column("sem_distance", [i / 8 for i in range(16)])
 RUNS = {
     "dpo": (PreferenceTrainer, {"loss_type": ["sigmoid", "hinge"]}),
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
     "hypo": (HypoDPOTrainer, ONLINE),
-    "sem_dpo": (SemDPOTrainer, {"sem_encoder": "characters", "sem_alpha": 2.0, "sem_normalize": True}),
+    "sem_dpo": (SemDPOTrainer, {"dataset": DISTANT, "sem_alpha": 2.0, "sem_normalize": True}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
 
