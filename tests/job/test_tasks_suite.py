@@ -338,6 +338,15 @@ def test_proxy_and_true_reward_part_with_length():
     assert proxied.reward == proxied.proxy_reward and proxied.reward.__name__ == "proxy_reward"
 
 
+def test_marker_pairs_are_labeled_by_the_reward_trained_on():
+    task = MarkerTask(train_on="proxy")
+    pairs = task.preference(task.generate(300, 0))
+    chosen, rejected = (task.proxy_reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected"))
+    assert all(c > r for c, r in zip(chosen, rejected, strict=True))
+    true = [task.true_reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected")]
+    assert any(c < r for c, r in zip(*true, strict=True))
+
+
 @pytest.mark.parametrize("longer_share", [None, 0.0, 0.8, 1.0])
 @pytest.mark.parametrize("label_noise, covered", [(0.0, None), (0.25, 3), (1.0, 1)])
 def test_marker_pairs_follow_the_knobs(longer_share, label_noise, covered):
