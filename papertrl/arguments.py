@@ -59,7 +59,7 @@ class JobArguments:
     task: str | None = _flag(
         None,
         "Procedural task: `addition` (the default without `dataset_name`), `automaton`, `countdown`, `marker`, "
-        "`mixture`, `sorting`, `tool_call`, or `reasoning_gym:<generator>`.",
+        "`mixture`, `rewrite`, `sorting`, `tool_call`, or `reasoning_gym:<generator>`.",
     )
     task_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Settings of the task as JSON, such as '{\"digits\": 3}'."}
@@ -80,6 +80,16 @@ class JobArguments:
             "`cosine_length:<reward>`, `relative_length:<reward>`, TRL's by name, or dotted paths. Defaults to the "
             "task's verifier."
         },
+    )
+    reward_model: str | None = _flag(
+        None,
+        "Reward model that judges sampled completions: id or folder of a sequence classifier with one label. Adds to "
+        "`reward_funcs`, and stands in for the task's verifier.",
+    )
+    judge: str | None = _flag(
+        None,
+        "Pairwise judge of the online loop of preference methods, instead of rewards: id or folder of a language "
+        "model as `papertrl.rewards.pairwise` trains it, or the dotted path of a function.",
     )
     gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
     start_model_steps: int = _flag(

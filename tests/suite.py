@@ -53,7 +53,9 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
     "drift": {"online_max_new_tokens": 4, "online_num_prompts": 8},
+    "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
+    "implicit_reward_sft": {},
 }
 
 

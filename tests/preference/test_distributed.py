@@ -9,7 +9,15 @@ import pytest
 import torch
 from datasets import disable_progress_bars
 
-from papertrl import DriftDPOTrainer, HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
+from papertrl import (
+    DriftDPOTrainer,
+    HypoDPOTrainer,
+    LnDPOTrainer,
+    PreferenceTrainer,
+    RpoDPOTrainer,
+    SemDPOTrainer,
+    compose,
+)
 from papertrl.tiny import tiny_tokenizer
 
 from .common import history, make_trainer, pairs, weights
@@ -22,6 +30,7 @@ RUNS = {
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
     "hypo": (HypoDPOTrainer, ONLINE),
     "drift": (DriftDPOTrainer, {**ROUNDS, "dataset": pairs().add_column("feedback", ["low"] * 16)}),
+    "sem_dpo": (SemDPOTrainer, {"sem_encoder": "characters", "sem_alpha": 2.0, "sem_normalize": True}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
 

@@ -207,6 +207,14 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
 
     # --- Rows ---------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def dataset_formats(cls, args: Any) -> tuple[str, ...]:
+        """
+        Formats of [`~papertrl.data.FORMATS`] that the training dataset may have under the config `args`, the best
+        first: a job converts to them. Extend through `super()`.
+        """
+        return ("prompts",) if args.online_iterations > 0 else ("pairs",)
+
     def carried(self) -> list[str]:
         """Columns of prepared rows that the stage *collate* reads. Extend through `super()`."""
         return []
