@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",
+    "drift": "preference",
     "sem_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",

@@ -52,6 +52,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
+    "drift": {"online_max_new_tokens": 4, "online_num_prompts": 8},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
     "implicit_reward_sft": {},
@@ -88,7 +89,12 @@ def dataset(family: str) -> Dataset:
         return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
         return Dataset.from_dict(
-            {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
+            {
+                "prompt": prompts,
+                "chosen": [f"{2 * i + 1}" for i in numbers],
+                "rejected": [f"{3 * i}" for i in numbers],
+                "feedback": ["high" if i else "low" for i in numbers],
+            }
         )
     return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]})
 
