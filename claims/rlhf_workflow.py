@@ -27,14 +27,14 @@ CLAIM = Claim(
     "iterations of best against worst of eight, against pairs of the start model, as many steps on as many pairs. "
     "Measured is the true reward of samples, with their length beside it.",
     task="marker",
-    task_kwargs={"train_on": "proxy"},
+    task_kwargs={"train_on": "proxy", "letters": 4, "max_length": 10},
     settings={
         "per_device_train_batch_size": 64,
         "max_steps": 120,
         "learning_rate": 2e-4,
         "beta": 0.3,
         "online_num_samples": 8,
-        "online_max_new_tokens": 13,
+        "online_max_new_tokens": 11,
         "online_batch_size": 512,
         "max_length": 32,
     },
@@ -60,9 +60,7 @@ CLAIM = Claim(
     },
     comparisons=(
         Comparison("three iterations", "once", TRUE, 0.03),
-        Comparison(
-            "three iterations, length penalty", "three iterations", LENGTH, 0.5, guards={TRUE: 0.03}
-        ),
+        Comparison("three iterations, length penalty", "three iterations", LENGTH, 0.5, guards={TRUE: 0.03}),
     ),
     tune_on=TRUE,
     measures=(rewards,),

@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "rpo": "preference",
     "hypo": "preference",
     "rlhf_workflow": "preference",
+    "xpo": "preference",
     "sem_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",

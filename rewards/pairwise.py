@@ -79,9 +79,7 @@ class PairwiseModel:
         self.batch_size = batch_size
 
     @torch.no_grad()
-    def __call__(
-        self, prompts: list[Completion], firsts: list[Completion], seconds: list[Completion]
-    ) -> list[float]:
+    def __call__(self, prompts: list[Completion], firsts: list[Completion], seconds: list[Completion]) -> list[float]:
         """
         Score pairs of responses, in the order given.
 
@@ -92,9 +90,7 @@ class PairwiseModel:
         Returns:
             `list[float]`: P(first ≻ second) of each.
         """
-        rows = [
-            self._tokens(comparison(self.template, *pair)) for pair in zip(prompts, firsts, seconds, strict=True)
-        ]
+        rows = [self._tokens(comparison(self.template, *pair)) for pair in zip(prompts, firsts, seconds, strict=True)]
         # Similar lengths together, so that little is padded
         order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
         probabilities = [0.0] * len(rows)

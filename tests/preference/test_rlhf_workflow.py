@@ -125,7 +125,10 @@ def test_pairs_and_metrics_of_a_round(tiny_path, tokenizer, tmp_path):
         group(3, [math.nan, math.nan, 5.0], [4, 1, 2]),
     ]
     pairs = trainer.pair(groups)
-    assert [(p.group.index, p.chosen.completion, p.rejected.completion) for p in pairs] == [(0, "0", "1"), (2, "2", "0")]
+    assert [(p.group.index, p.chosen.completion, p.rejected.completion) for p in pairs] == [
+        (0, "0", "1"),
+        (2, "2", "0"),
+    ]
     logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
     assert logged["online/rlhf_dropped_share"] == 0.5
     assert logged["online/rlhf_reward_gap"] == pytest.approx(((1 - 2) + (5 - 3)) / 2)
@@ -275,12 +278,16 @@ def test_pairs_by_a_reward_model_that_trl_trained(tiny_path, tokenizer, tmp_path
         ({"rlhf_length_penalty": 0.1}, "`rlhf_length_penalty=0.1` acts with `rlhf_choose_type='max_min_p'` alone"),
         ({"rlhf_label_smoothing": 0.5}, "`rlhf_label_smoothing` must be a number in .*got 0.5"),
         ({"rlhf_order_by": "length"}, "`rlhf_order_by` must be one of 'penalized', 'raw', got 'length'"),
-        ({"online_num_samples": 1}, "`online_num_samples` must be at least 2 to choose a pair, got 1"),
     ],
 )
 def test_refuses_bad_settings(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         RlhfWorkflowDPOConfig(str(tmp_path), **options, bf16=False, use_cpu=True)
+
+
+def test_one_completion_makes_no_pair(tiny_path, tokenizer, tmp_path):
+    with pytest.raises(ValueError, match=r"made no pair to train on.*raise `online_num_samples`"):
+        make(tiny_path, tokenizer, tmp_path, online_num_samples=1).train()
 
 
 def test_needs_somebody_to_judge(tiny_path, tokenizer, tmp_path):

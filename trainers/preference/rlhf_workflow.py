@@ -29,8 +29,8 @@ class RlhfWorkflowDPOConfig(PreferenceConfig):
     )
     rlhf_order_by: str = method_field(
         "penalized",
-        "Which of the two that `max_min_p` picked is the chosen one: that of the higher penalized score, or, as in the "
-        "authors' code, of the higher score without penalty (`raw`), so that the longer one can win.",
+        "Which of the two that `max_min_p` picked is the chosen one: that of the higher penalized score, or, as in "
+        "the authors' code, of the higher score without penalty (`raw`), so that the longer one can win.",
         choices=("penalized", "raw"),
     )
     rlhf_label_smoothing: float = method_field(
@@ -61,19 +61,15 @@ class RlhfWorkflowDPOConfig(PreferenceConfig):
         super().validate()
         if self.rlhf_length_penalty and self.rlhf_choose_type != "max_min_p":
             raise ValueError(
-                f"`rlhf_length_penalty={self.rlhf_length_penalty}` acts with `rlhf_choose_type='max_min_p'` alone, got "
-                f"{self.rlhf_choose_type!r}. Set one of the two."
-            )
-        if self.online_iterations and self.online_num_samples < 2:
-            raise ValueError(
-                f"`online_num_samples` must be at least 2 to choose a pair, got {self.online_num_samples}."
+                f"`rlhf_length_penalty={self.rlhf_length_penalty}` acts with `rlhf_choose_type='max_min_p'` alone, "
+                f"got {self.rlhf_choose_type!r}. Set one of the two."
             )
 
 
 class RlhfWorkflowDPOTrainer(PreferenceTrainer):
     r"""
-    Iterates: many completions of fresh prompts by the current policy, a proxy preference model that scores them, two of
-    them as a pair, and DPO on these pairs.
+    Iterates: many completions of fresh prompts by the current policy, a proxy preference model that scores them, two
+    of them as a pair, and DPO on these pairs.
 
     In iteration t, with n completions y₁ … y_n ~ π_{t−1}(·|x) of each prompt x and their scores r,
 

@@ -5,6 +5,8 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from datasets import Dataset
+from trl import DPOTrainer
 from trl.trainer.utils import pad
 
 from ...configuration import method_config, method_field
@@ -39,17 +41,16 @@ class XpoDPOConfig(PreferenceConfig):
         True, "Whether pairs of earlier iterations are trained on as well, as in the paper's algorithm."
     )
 
+    online_num_samples: int = method_field(
+        1, "Completions of the policy per prompt; ỹ is one more. Default of the paper.", ge=1
+    )
+
     def validate(self) -> None:
         super().validate()
         if isinstance(self.xpo_alpha, int | float):
             self.xpo_alpha = [float(self.xpo_alpha)]
         if not self.xpo_alpha or not all(0 <= alpha < float("inf") for alpha in self.xpo_alpha):
             raise ValueError(f"`xpo_alpha` must be numbers in [0, inf), at least one, got {self.xpo_alpha!r}.")
-        if self.online_iterations and self.online_num_samples < 2:
-            raise ValueError(
-                f"`online_num_samples` must be at least 2, one of which is the explored one, got "
-                f"{self.online_num_samples}."
-            )
 
 
 class XpoDPOTrainer(PreferenceTrainer):
@@ -62,14 +63,14 @@ class XpoDPOTrainer(PreferenceTrainer):
     L = mean over pairs of [−log σ(β · (h(y_w) − h(y_l))) + α_t · log π_θ(ỹ|x)]
 
     with h = log π_θ − log π_ref, and all log-probabilities summed over tokens. π̃ is the reference by default. The
-    second part, `loss/xpo`, is on the policy's own log-probability, is added with a plus whether ỹ was chosen or
-    rejected, and has its gradient. It has no lower bound: `logps/explored` says where it is.
+    second part, logged as `loss/xpo`, is on the policy's own log-probability, with gradient, and is added whether ỹ
+    was chosen or rejected. It has no lower bound; stop if it runs away.
 
-    Of `online_num_samples` candidates per prompt the last is ỹ. With two of them it is in every pair. With more, the
-    pair is the best against the worst, or what another method makes of them, and ỹ is scored besides, in a further
-    pass. A tie, in which all candidates of a prompt score alike, is a pair won by the policy's sample, as in TRL;
-    where another method replaces the stage *pair*, that method decides. If the two completions are the same text, the
-    first part is constant, and the pair explores only. Evaluation reports the first part alone.
+    ỹ is sampled beside `online_num_samples` completions of the policy. With one of these, every pair is of the two.
+    With more, the pair is the best against the worst, or what another method makes of all of them, and ỹ is scored
+    besides, in a further pass. Where all candidates of a prompt score alike, the policy's sample wins against ỹ, as in
+    TRL; where another method replaces the stage *pair*, that method decides. If the two completions are the same text,
+    the first part is constant, and the pair explores only. Evaluation reports the first part alone.
 
     Pairs of earlier iterations stay (`online_accumulate=True`), as in the paper's Algorithm 1, each with its own ỹ;
     α is that of the iteration that trains.
@@ -129,8 +130,7 @@ class XpoDPOTrainer(PreferenceTrainer):
     _tag_names = ["trl", "papertrl", "dpo", "xpo"]
     _name = "XPO"
     _paper = {
-        "title": "Exploratory Preference Optimization: "
-        "Harnessing Implicit Q*-Approximation for Sample-Efficient RLHF",
+        "title": "Exploratory Preference Optimization: Harnessing Implicit Q*-Approximation for Sample-Efficient RLHF",
         "id": "2405.21046",
         "citation": textwrap.dedent("""\
             @article{xie2024exploratory,
@@ -150,5 +150,123 @@ class XpoDPOTrainer(PreferenceTrainer):
 
     def propose(self, groups: list[Group]) -> None:
         super().propose(groups)
-        if self.args.xpo_sampler == "reference":
-            self.draw(groups, 1, source="reference")
+        if self.args.xpo_sampler == "offline":
+            self._add_chosen(groups)
+        else:
+            self.draw(groups, 1, source=self.args.xpo_sampler)
+        for group in groups:
+            group.candidates[-1].extras["xpo"] = True
+
+    def _add_chosen(self, groups: list[Group]) -> None:
+        rows = [{"prompt": g.row["prompt"], "chosen": g.row["chosen"], "rejected": g.row["chosen"]} for g in groups]
+        prepared = DPOTrainer._prepare_dataset(
+            self, Dataset.from_list(rows), self.processing_class, self.args, "explored"
+        )
+        for group, tokens in zip(groups, prepared["chosen_ids"], strict=True):
+            group.candidates.append(Candidate(group.row["chosen"], tokens, finished=True, source="dataset"))
+
+    def pair(self, groups: list[Group]) -> list[Pair]:
+        pairs = super().pair(groups)
+        if any(m.decides("pair", self.args) for m in self.methods):
+            return pairs
+        paired = {id(pair.group) for pair in pairs}
+        ties = [tie_of(group) for group in groups if id(group) not in paired]
+        return pairs + [pair for pair in ties if pair is not None]
+
+    def select_pairs(self, pairs: list[Pair]) -> list[Pair]:
+        pairs = super().select_pairs(pairs)
+        repeated = []
+        for pair in pairs:
+            explored = explored_of(pair.group)
+            pair.extras["xpo_explored"] = int(pair.chosen is explored) - int(pair.rejected is explored)
+            tokens = [] if explored is None else explored.completion_ids
+            if self._scores_besides:
+                pair.extras["xpo_ids"] = tokens
+            repeated.append(any(c.completion_ids == tokens for c in pair.group.candidates if c is not explored))
+        sides = [pair.extras["xpo_explored"] for pair in pairs if pair.extras["xpo_explored"]]
+        if sides:
+            self.log_round(
+                {"xpo_explored_win_rate": sides.count(1) / len(sides), "xpo_repeated_share": fmean(repeated)}
+            )
+        return pairs
+
+    @property
+    def _scores_besides(self) -> bool:
+        # With two candidates, their pair has what is needed
+        return self.args.online_num_samples > 1
+
+    # --- The step -----------------------------------------------------------------------------------------------
+
+    def carried(self) -> list[str]:
+        names = ["xpo_explored", "xpo_ids"] if self._scores_besides else ["xpo_explored"]
+        return super().carried() + (names if self.args.online_iterations > 0 else [])
+
+    def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        batch = super().collate(examples)
+        if self.args.online_iterations == 0:
+            return batch
+        # Rows to evaluate on come from no round
+        batch["xpo_explored"] = torch.tensor([row.get("xpo_explored", 0) for row in examples])
+        if self._scores_besides:
+            prompts = [row["prompt_ids"] for row in examples]
+            completions = [row.get("xpo_ids", []) for row in examples]
+            batch |= padded(prompts, completions, self.args.max_length, self._tokenizer.pad_token_id)
+        return batch
+
+    def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
+        terms = super().extra_terms(model, record)
+        alpha = scheduled(self.args.xpo_alpha, self.iteration)
+        if self.args.online_iterations == 0 or alpha == 0 or not self.model.training:
+            return terms
+        if self._scores_besides:
+            sequences = [record.extras[f"xpo_{name}"] for name in ("input_ids", "attention_mask", "completion_mask")]
+            logps = self.score_sequences(model, *sequences).sum(1)
+            there = sequences[-1].any(1)
+        else:
+            explored = record.extras["xpo_explored"]
+            logps = explored_logps(record.per_token_logps, explored)
+            there = explored != 0
+        self.log_metric("xpo/alpha", alpha)
+        self.log_mean("xpo/explored_share", there.sum(), there.new_tensor(len(there), dtype=torch.long))
+        return [*terms, LossTerm("xpo", logps, mask=there.to(logps), coef=alpha)]
+
+
+def explored_of(group: Group) -> Candidate | None:
+    """ỹ of a group: the candidate that the sampling policy wrote."""
+    return next((candidate for candidate in group.candidates if "xpo" in candidate.extras), None)
+
+
+def tie_of(group: Group) -> Pair | None:
+    """The policy's first sample against ỹ, where both have a score."""
+    scored = group.scored()
+    explored = [candidate for candidate in scored if "xpo" in candidate.extras]
+    others = [candidate for candidate in scored if "xpo" not in candidate.extras]
+    return Pair(group, others[0], explored[0]) if explored and others else None
+
+
+def padded(
+    prompts: list[list[int]], completions: list[list[int]], max_length: int | None, pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """
+    Sequences as [`score_sequences`] takes them, cut as TRL's collator cuts pairs.
+
+    Args:
+        prompts, completions (`list[list[int]]`):
+            Token ids; a completion may be empty.
+        max_length (`int`, *optional*):
+            Longest sequence.
+        pad_token_id (`int`):
+            Fills the right.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `xpo_input_ids`, `xpo_attention_mask` and `xpo_completion_mask`, of shape
+        `(rows, length)` each.
+    """
+    rows = list(zip(prompts, completions, strict=True))
+    ids = [torch.tensor((prompt + completion)[:max_length]) for prompt, completion in rows]
+    scored = [torch.tensor(([0] * len(prompt) + [1] * len(completion))[:max_length]) for prompt, completion in rows]
+    return {
+        "xpo_input_ids": pad(ids, pad_token_id),
+        "xpo_attention_mask": pad([torch.ones_like(row) for row in ids], 0),
+        "xpo_completion_mask": pad(scored, 0),
+    }
