@@ -23,6 +23,8 @@ METHODS: dict[str, str] = {
     "rpo": "preference",
     "hypo": "preference",
     "drift": "preference",
+    "rlhf_workflow": "preference",
+    "xpo": "preference",
     "sem_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",

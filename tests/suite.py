@@ -53,6 +53,8 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
     "drift": {"online_max_new_tokens": 4, "online_num_prompts": 8},
+    "rlhf_workflow": {"online_iterations": 2, "online_num_samples": 4, "online_max_new_tokens": 6},
+    "xpo": {"online_iterations": 2, "online_max_new_tokens": 6, "xpo_alpha": [0.01, 0.005]},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
     "implicit_reward_sft": {},
