@@ -22,6 +22,7 @@ METHODS: dict[str, str] = {
     "ln_dpo": "preference",
     "rpo": "preference",
     "hypo": "preference",
+    "rso": "preference",
     "asft": "supervised",
 }
 
