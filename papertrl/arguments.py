@@ -28,7 +28,13 @@ EMBEDDED = {
         "max_completion_length": 5,
         "max_steps": 400,
     },
-    "preference": {"learning_rate": 3e-4, "per_device_train_batch_size": 64, "max_steps": 200},
+    "preference": {
+        "learning_rate": 3e-4,
+        "per_device_train_batch_size": 64,
+        "max_steps": 200,
+        "online_max_new_tokens": 14,
+        "online_batch_size": 512,
+    },
     "supervised": {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 400},
 }
 EMBEDDED_RUN = {
@@ -69,7 +75,8 @@ class JobArguments:
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards of policy methods: `exact_match`, `last_number_match`, `boxed_match`, `boxed_format`, "
+            "help": "Rewards of policy methods and of the online loop of preference methods: `exact_match`, "
+            "`last_number_match`, `boxed_match`, `boxed_format`, "
             "`cosine_length:<reward>`, `relative_length:<reward>`, TRL's by name, or dotted paths. Defaults to the "
             "task's verifier."
         },

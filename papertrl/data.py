@@ -16,6 +16,7 @@ FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv",
 GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 COLUMNS = {
     "policy": [("prompt",)],
+    "online": [("prompt",)],
     "preference": [("chosen", "rejected")],
     "supervised": [("text",), ("messages",), ("prompt", "completion"), ("input_ids",)],
 }
@@ -58,13 +59,17 @@ def task_of(arguments: JobArguments) -> Task | None:
     return None
 
 
-def task_data(task: Task, family: str, arguments: JobArguments, seed: int, chat: bool) -> JobData:
+def task_data(
+    task: Task, family: str, arguments: JobArguments, seed: int, chat: bool, online: bool = False
+) -> JobData:
     """
     Draw a task's problems, in the view of `family`.
 
     Args:
         chat (`bool`):
             Whether the model has a chat template, for which prompts and answers become messages.
+        online (`bool`, *optional*, defaults to `False`):
+            Whether preference pairs are made in training, of the prompts.
     """
     if arguments.task_size < 1:
         raise JobError(f"`task_size` must be at least 1, got {arguments.task_size}: the training set would be empty.")
@@ -72,7 +77,12 @@ def task_data(task: Task, family: str, arguments: JobArguments, seed: int, chat:
     view = {"policy": lambda d: d, "preference": task.preference, "supervised": task.supervised}[family]
     problems = test if len(test) else None
     data = JobData(
-        view(train), view(test) if problems else None, problems, [task.reward], task.measure, task.max_new_tokens
+        (task.online if online else view)(train),
+        view(test) if problems else None,
+        problems,
+        [task.reward],
+        task.measure,
+        task.max_new_tokens,
     )
     if chat:
         data.train, data.eval, data.problems = (d and as_messages(d) for d in (data.train, data.eval, data.problems))
@@ -99,7 +109,7 @@ def as_messages(dataset: Dataset) -> Dataset:
     return dataset.map(convert)
 
 
-def dataset_data(family: str, arguments: JobArguments, judges: list[Callable]) -> JobData:
+def dataset_data(family: str, arguments: JobArguments, judges: list[Callable], online: bool = False) -> JobData:
     """
     Load the job's dataset and check its columns.
 
@@ -114,9 +124,9 @@ def dataset_data(family: str, arguments: JobArguments, judges: list[Callable]) -
         )
     train = dataset[arguments.dataset_train_split]
     test = dataset.get(arguments.dataset_test_split)
-    check_columns(arguments.dataset_name, train, family)
+    check_columns(arguments.dataset_name, train, "online" if online else family)
     problems = None
-    if family == "policy" and isinstance(test, Dataset) and arguments.held_out_prompts and judges:
+    if judges and isinstance(test, Dataset) and arguments.held_out_prompts:
         problems = test.select(range(min(len(test), arguments.held_out_prompts)))
     return JobData(train, test, problems, judges, "reward")
 

@@ -45,6 +45,7 @@ from .runfile import (
 )
 from .start import DEMONSTRATIONS, make_start_model, prepare_model
 from .tasks import Task
+from .trainers.preference.rounds import ROUNDS
 
 RUN_FILES = (
     METRICS_FILE,
@@ -58,6 +59,7 @@ RUN_FILES = (
     EVALUATION_REPORT,
     EVALUATION_PLOT,
     EVALUATION_COMPLETIONS,
+    ROUNDS,
     "model.safetensors",
     "adapter_model.safetensors",
 )
@@ -267,24 +269,50 @@ def start_model(job: Job, task: Task | None, output: Path, state: PartialState) 
 def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase) -> JobData:
     """Training rows, held-out rows and judges of the job."""
     family = job.trainer_class.family
-    if family != "policy" and job.arguments.reward_funcs:
+    if job.arguments.reward_funcs and not is_judged(job):
+        online = " without `--online_iterations`" if family == "preference" else ""
         raise JobError(
-            f"`reward_funcs` are for policy methods; {', '.join(job.methods)} learn without. Drop the flag."
+            f"`reward_funcs` are for policy methods and the online loop of preference methods; "
+            f"{', '.join(job.methods)} learn without{online}. Drop the flag."
         )
-    length = job.training.max_completion_length if family == "policy" else 0
+    length = completion_length(job)
     named = [checked(load_reward(name, length)) for name in job.arguments.reward_funcs or []]
     if task is None:
-        if family == "policy" and not named:
+        if needs_rewards(job) and not named:
             raise JobError(
-                "`dataset_name` needs `--reward_funcs` with policy methods: one or more of exact_match, "
+                f"`dataset_name` needs `--reward_funcs` with {', '.join(job.methods)}: one or more of exact_match, "
                 "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
             )
-        data = dataset_data(family, job.arguments, named)
+        data = dataset_data(family, job.arguments, named, online=pairs_online(job))
     else:
-        data = task_data(task, family, job.arguments, job.training.seed, tokenizer.chat_template is not None)
-    if family == "policy":
+        chat = tokenizer.chat_template is not None
+        data = task_data(task, family, job.arguments, job.training.seed, chat, pairs_online(job))
+    if is_judged(job):
         check_reward_columns(named, data.train, job.arguments.dataset_name or task.name)
     return data
+
+
+def pairs_online(job: Job) -> bool:
+    """Whether preference pairs are made in training, of completions of the dataset's prompts."""
+    return job.trainer_class.family == "preference" and job.training.online_iterations > 0
+
+
+def is_judged(job: Job) -> bool:
+    """Whether completions are sampled in training, which reward functions may judge."""
+    return job.trainer_class.family == "policy" or pairs_online(job)
+
+
+def needs_rewards(job: Job) -> bool:
+    """Whether there must be reward functions."""
+    return is_judged(job) and (job.trainer_class.family == "policy" or job.trainer_class.needs_scores(job.training))
+
+
+def completion_length(job: Job) -> int:
+    """Longest completion that is sampled in training, in tokens; 0 if none is."""
+    if not is_judged(job):
+        return 0
+    policy = job.trainer_class.family == "policy"
+    return job.training.max_completion_length if policy else job.training.online_max_new_tokens
 
 
 def make_trainer(
@@ -295,7 +323,9 @@ def make_trainer(
     callbacks = [MetricsFile(output / METRICS_FILE), stop]
     held_out = None
     if data.problems is not None:
-        length = job.training.max_completion_length if family == "policy" else data.max_new_tokens
+        length = (
+            job.training.max_completion_length if family == "policy" else data.max_new_tokens or completion_length(job)
+        )
         held_out = HeldOut(data.problems, data.judges, data.measure, length, job.arguments.held_out_evaluations)
         callbacks.insert(0, held_out)
     job.training.model_init_kwargs = {
@@ -313,7 +343,7 @@ def make_trainer(
         peft_config=get_peft_config(job.model),
         quantization_config=get_quantization_config(job.model),
         callbacks=callbacks,
-        **({"reward_funcs": rewards_of(job, data)} if family == "policy" else {}),
+        **({"reward_funcs": rewards_of(job, data) or None} if is_judged(job) else {}),
     )
     for callback in (stop, held_out):
         if callback is not None:
@@ -328,7 +358,7 @@ def make_trainer(
 def rewards_of(job: Job, data: JobData) -> list[Callable]:
     """Reward functions to train on: those named, or else the task's verifier; each checked."""
     if job.arguments.reward_funcs and job.arguments.dataset_name is None:
-        length = job.training.max_completion_length
+        length = completion_length(job)
         return [checked(load_reward(name, length)) for name in job.arguments.reward_funcs]
     return [judge if job.arguments.dataset_name else checked(judge) for judge in data.judges]
 

@@ -102,7 +102,12 @@ def settings(family: str, output_dir, **values) -> dict[str, Any]:
 
 
 def build(trainer_class: type, family: str, model: str, args, **kwargs):
-    positional = {"policy": [[kwargs.pop("reward", digit_parity)]], "preference": [None], "supervised": []}[family]
+    reward = kwargs.pop("reward", digit_parity)
+    # TRL's config leaves a method its default
+    iterations = getattr(args, "online_iterations", getattr(trainer_class.config_class, "online_iterations", 0))
+    if family == "preference" and iterations > 0:
+        kwargs["reward_funcs"] = reward
+    positional = {"policy": [[reward]], "preference": [None], "supervised": []}[family]
     return trainer_class(model, *positional, args, train_dataset=kwargs.pop("data", dataset(family)), **kwargs)
 
 

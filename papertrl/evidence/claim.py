@@ -227,9 +227,7 @@ class Claim:
         if self.data is not None:
             return self.data(task, self.train_problems, seed)
         problems = task.generate(self.train_problems, seed)
-        return {"policy": lambda d: d, "preference": task.preference, "supervised": task.supervised}[self.family](
-            problems
-        )
+        return {"policy": lambda d: d, "preference": task.online, "supervised": task.supervised}[self.family](problems)
 
 
 def load_claim(method: str) -> Claim:

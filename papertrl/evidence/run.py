@@ -76,12 +76,14 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
         settings["learning_rate"] *= REAL_MODEL_RATE
     set_seed(seed)
     with tempfile.TemporaryDirectory() as output:
+        args = trainer_class.config_class(output_dir=output, seed=seed, **settings)
+        judged = claim.family == "policy" or getattr(args, "online_iterations", 0) > 0
         trainer = trainer_class(
             model=str(start_path),
-            args=trainer_class.config_class(output_dir=output, seed=seed, **settings),
+            args=args,
             train_dataset=claim.training_rows(task, seed),
             processing_class=AutoTokenizer.from_pretrained(start_path),
-            **({"reward_funcs": list(claim.rewards) or [task.reward]} if claim.family == "policy" else {}),
+            **({"reward_funcs": list(claim.rewards) or [task.reward]} if judged else {}),
         )
         trainer.remove_callback(PrinterCallback)
         _, problems = task.splits(claim.train_problems, claim.held_out, seed)
@@ -167,14 +169,18 @@ class Observer(TrainerCallback):
         self.trainer.prepare_objective = counted_prepare
 
     def _count_samples(self) -> None:
-        sample = self.trainer.sample
+        sample, propose = self.trainer.sample, self.trainer.propose
 
         def counted_sample(inputs):
             outcome = sample(inputs)
             self.sampled += sum(int(samples.completion_mask.sum()) for samples in outcome.values())
             return outcome
 
-        self.trainer.sample = counted_sample
+        def counted_propose(groups):
+            propose(groups)
+            self.sampled += sum(len(candidate.completion_ids) for g in groups for candidate in g.candidates)
+
+        self.trainer.sample, self.trainer.propose = counted_sample, counted_propose
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._measure(0)

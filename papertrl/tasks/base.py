@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from ..rewards.matching import Completion, completion_text
 
@@ -134,6 +134,12 @@ class Task(ABC):
         self._require_wrong_answers(problems)
         renamed = problems.rename_columns({"answer": "chosen", "wrong_answer": "rejected"})
         return renamed.select_columns(["prompt", "chosen", "rejected"])
+
+    def online(self, problems: Dataset) -> Dataset:
+        """The problems, with `chosen` and `rejected` where there are wrong answers: prompts for the online loop."""
+        if "wrong_answer" not in problems.column_names:
+            return problems
+        return concatenate_datasets([problems, self.preference(problems).remove_columns("prompt")], axis=1)
 
     def _require_wrong_answers(self, problems: Dataset) -> None:
         if "wrong_answer" not in problems.column_names:

@@ -20,6 +20,7 @@ from ..shared_prefix import SharesPrompts
 from ..terms import LossTerm
 from .collation import CarryingCollator
 from .record import PreferenceRecord
+from .rounds import PreferenceRounds
 from .sampling import SampledCompletions
 from .sharing import pair_inputs
 
@@ -51,14 +52,61 @@ class PreferenceConfig(MethodConfigMixin, DPOConfig):
         "Whether the prompt of a pair is computed once for both completions, and completions without their padding. "
         "Same log-probabilities and gradients as TRL's, up to rounding.",
     )
+    online_iterations: int = method_field(
+        0,
+        "Iterations of the online loop: in each, completions of the dataset's prompts are sampled, judged and paired, "
+        "and an equal share of the optimizer steps trains on them. 0 trains on the dataset's pairs.",
+        ge=0,
+    )
+    online_num_prompts: int | None = method_field(
+        None, "Prompts per iteration. Unset, the dataset is divided evenly among the iterations.", ge=1
+    )
+    online_num_samples: int = method_field(2, "Completions sampled per prompt.", ge=1)
+    online_max_new_tokens: int = method_field(256, "Longest sampled completion, in tokens.", ge=1)
+    online_temperature: float = method_field(1.0, "Temperature of sampling.", gt=0.0)
+    online_top_p: float = method_field(1.0, "Nucleus of sampling: probability mass that is kept.", gt=0.0, le=1.0)
+    online_top_k: int = method_field(0, "Number of most likely tokens to sample from; 0 for all.", ge=0)
+    online_batch_size: int = method_field(64, "Rows per forward of sampling and of reward models, per device.", ge=1)
+    online_reference: str = method_field(
+        "initial",
+        "Reference model of an iteration: `initial`, as given; `previous`, the policy with which the iteration "
+        "begins; or `ema`, an average over such policies that each iteration updates.",
+        choices=("initial", "previous", "ema"),
+    )
+    online_reference_decay: float = method_field(
+        0.9, "With `online_reference='ema'`, weight of the reference against the policy.", ge=0.0, le=1.0
+    )
+    online_accumulate: bool = method_field(False, "Whether pairs of earlier iterations are trained on as well.")
+    online_reward_weights: list[float] | None = method_field(
+        None, "Weight of each reward function in a completion's score. Defaults to 1 each."
+    )
     check_records: bool = method_field(
         False,
         "Whether to check the values of every preference record, not only its shapes. For debugging: it waits for the "
         "device once per batch.",
     )
 
+    def validate(self) -> None:
+        super().validate()
+        if self.online_iterations == 0:
+            return
+        if 0 < self.max_steps < self.online_iterations:
+            raise ValueError(
+                f"`online_iterations` must be at most `max_steps` ({self.max_steps}), got {self.online_iterations}."
+            )
+        if self.precompute_ref_log_probs:
+            raise ValueError(
+                "`precompute_ref_log_probs` must be False with `online_iterations` > 0, got True: the pairs do not "
+                "exist yet."
+            )
+        if self.truncation_mode != "keep_start":
+            raise ValueError(
+                f"`online_iterations={self.online_iterations}` samples from whole prompts and needs `truncation_mode="
+                f"'keep_start'`, got {self.truncation_mode!r}, which cuts the prompt."
+            )
 
-class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
+
+class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrainer):
     """
     [`~trl.DPOTrainer`] whose step is a sequence of stages. By itself it trains as its parent does: to the bit with
     `share_prompts` off, up to rounding with it on, as it is by default.
@@ -80,11 +128,34 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
 
     Every value stays per pair until [`reduce_terms`], which takes means, weights and adds. `sample` and `extra_terms`
     act in evaluation too unless a method says otherwise.
+
+    With `online_iterations` > 0, the pairs are made of the policy's own completions of the dataset's prompts; see
+    [`~papertrl.trainers.preference.rounds.PreferenceRounds`] for the stages of that loop.
+
+    Args:
+        model, ref_model, args, ...:
+            As for [`~trl.DPOTrainer`]; `args` is a [`PreferenceConfig`] or a [`~trl.DPOConfig`].
+        reward_funcs (`str`, `~transformers.PreTrainedModel`, `Callable`, or a list of these, *optional*):
+            Score sampled completions, as in [`~trl.GRPOTrainer`]: functions with TRL's signature, sequence
+            classifiers with one label, or ids or folders of such.
+        judge (`Callable`, *optional*):
+            Pairwise preference model instead: (prompts, firsts, seconds) → P(first ≻ second), lists of texts or of
+            messages in and a list of numbers in [0, 1] out. It is asked in both orders.
+        reward_processing_classes (`~transformers.PreTrainedTokenizerBase` or a list, *optional*):
+            Tokenizers of the reward models.
+
+    Raises:
+        `ValueError`: if the dataset lacks a column, or the online loop has nobody to judge, or two that do.
     """
 
     family = "preference"
     trl_suffix = "DPOTrainer"
     stages = (
+        "choose_prompts",
+        "propose",
+        "judge",
+        "pair",
+        "select_pairs",
         "prepare",
         "collate",
         "sample",
@@ -99,12 +170,28 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
     config_class = PreferenceConfig
     _tag_names = ["trl", "papertrl", "dpo"]
 
-    def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
+    def __init__(
+        self,
+        model,
+        ref_model=None,
+        args=None,
+        *trl_args,
+        reward_funcs=None,
+        judge=None,
+        reward_processing_classes=None,
+        **trl_kwargs,
+    ):
         args = self.make_config(args, model)
-        self.check_columns(trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset"), args)
+        dataset = trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset")
+        self.check_columns(dataset, args)
         # The stage *prepare* runs inside of TRL's constructor, before it sets this
         self.args = args
+        self.check_online(dataset, reward_funcs, judge)
+        # What TRL must leave as it is
+        self._prompts = dataset if args.online_iterations > 0 else None
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
+        if args.online_iterations > 0:
+            self.set_up_online(reward_funcs, judge, reward_processing_classes)
         if self.carried():
             if self._is_vision_dataset:
                 raise ValueError(
@@ -122,6 +209,8 @@ class PreferenceTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
         return []
 
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if dataset is self._prompts:
+            return dataset
         dataset = super()._prepare_dataset(dataset, processing_class, args, dataset_name)
         with global_then_local_main_first():
             return self.prepare(dataset, dataset_name)

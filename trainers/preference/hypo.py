@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from trl.distributed import DistributedBackend
-from trl.models import unwrap_model_for_generation
 
 from ...configuration import method_config, method_field
 from ...losses.preference.hypo import online_kl_weights
@@ -172,15 +170,7 @@ class HypoDPOTrainer(PreferenceTrainer):
         prompts = left_padded_prompts(**half, pad_token_id=pad_token_id)
         prompt_ids, prompt_padding_mask, prompt_mask = (rows.repeat_interleave(k, dim=0) for rows in prompts)
         seeds = sample_seeds(args.seed, self.state.global_step, batch["input_ids"], batch["attention_mask"], k)
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=args.gradient_checkpointing_kwargs,
-            ) as unwrapped_model,
-            torch.no_grad(),
-            DistributedBackend(self.accelerator).summon_full_params(self.model_wrapped, recurse=False),
-        ):
+        with self.generation_model() as unwrapped_model:
             sampled = sample_completions(
                 unwrapped_model,
                 prompt_ids,
@@ -188,14 +178,9 @@ class HypoDPOTrainer(PreferenceTrainer):
                 seeds,
                 args.online_kl_max_new_tokens,
                 pad_token_id,
-                self._eos_token_ids(unwrapped_model),
+                self.eos_token_ids(unwrapped_model),
             )
         return {**samples, "hypo": SampledCompletions(*sampled, prompt_mask=prompt_mask, num_samples=k)}
-
-    def _eos_token_ids(self, model: torch.nn.Module) -> list[int]:
-        ids = model.generation_config.eos_token_id
-        ids = ids if isinstance(ids, list) else [ids]
-        return [i for i in dict.fromkeys([self._tokenizer.eos_token_id, *ids]) if i is not None]
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)

@@ -1,12 +1,20 @@
 """Completions sampled from the current policy inside a training step, the same whatever the number of processes."""
 
 import hashlib
+from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 from trl.trainer.utils import flush_left
 
 from ..statistics import causal_lm
@@ -111,6 +119,39 @@ def left_padded_prompts(
     return ids, mask, (lengths > 0).long()
 
 
+def left_pad(
+    prompt_ids: list[list[int]], pad_token_id: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Prompts as generation wants them.
+
+    Args:
+        prompt_ids (`list[list[int]]`):
+            Prompts of at least one token.
+        pad_token_id (`int`), device (`torch.device`):
+            Fills the left; where the result is.
+
+    Returns:
+        Token ids and mask, `(rows, prompt_length)` each.
+    """
+    width = max(map(len, prompt_ids))
+    ids = torch.tensor([[pad_token_id] * (width - len(row)) + row for row in prompt_ids], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=device)
+    return ids, mask
+
+
+def distribution(temperature: float, top_k: int, top_p: float) -> list[LogitsProcessor]:
+    """Processors that make the distribution to sample from, in transformers' order; none for the policy's own."""
+    processors: list[LogitsProcessor] = []
+    if temperature != 1:
+        processors.append(TemperatureLogitsWarper(temperature))
+    if top_k > 0:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        processors.append(TopPLogitsWarper(top_p))
+    return processors
+
+
 def completions_until_eos(completion_ids: torch.Tensor, eos_token_ids: list[int]) -> torch.Tensor:
     """Mask of shape `(rows, time)`: 1 up to and with the first EOS token, or everywhere if there is none."""
     is_eos = torch.isin(completion_ids, torch.tensor(eos_token_ids, device=completion_ids.device)).long()
@@ -143,9 +184,11 @@ def sample_completions(
     max_new_tokens: int,
     pad_token_id: int,
     eos_token_ids: list[int],
+    processors: Sequence[LogitsProcessor] = (),
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Draw one completion per row from the softmax of the model's logits, at temperature 1 over the whole vocabulary.
+    Draw one completion per row from the softmax of the model's logits, at temperature 1 over the whole vocabulary
+    unless `processors` change it.
 
     Args:
         model (`nn.Module`):
@@ -158,6 +201,8 @@ def sample_completions(
             Longest completion.
         pad_token_id (`int`), eos_token_ids (`list[int]`):
             Special tokens.
+        processors (`Sequence[LogitsProcessor]`, *optional*):
+            Change the logits before a token is drawn; see [`distribution`].
 
     Returns:
         `input_ids`, `attention_mask`, `completion_mask` as in [`SampledCompletions`].
@@ -170,7 +215,7 @@ def sample_completions(
             input_ids=prompt_ids,
             attention_mask=prompt_mask,
             generation_config=config,
-            logits_processor=LogitsProcessorList([KeyedGumbel(seeds, prompt_ids.device)]),
+            logits_processor=LogitsProcessorList([*processors, KeyedGumbel(seeds, prompt_ids.device)]),
         )
     completion_ids = output_ids[:, prompt_ids.shape[1] :]
     until_eos = completions_until_eos(completion_ids, eos_token_ids)

@@ -1,0 +1,154 @@
+"""Scores of candidates: by reward functions and reward models, or by comparison in pairs."""
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from trl import apply_chat_template
+from trl.trainer.utils import get_callable_name, get_config_model_id
+
+from .candidates import Completion, Group
+
+Judge = Callable[[list, list, list], list[float]]
+
+
+class RewardScorer:
+    """
+    Weighted sum of reward functions and reward models.
+
+    Args:
+        reward_funcs (`str`, `~transformers.PreTrainedModel`, `Callable`, or a list of these):
+            As for [`~trl.GRPOTrainer`]: functions with TRL's signature, sequence classifiers with one label, or their
+            ids or folders.
+        weights (`list[float]`, *optional*):
+            One per function. Defaults to 1 each.
+        processing_classes (`~transformers.PreTrainedTokenizerBase` or a list, *optional*):
+            Tokenizers of the reward models; loaded where unset.
+        accelerator (`~accelerate.Accelerator`):
+            Places the models.
+        batch_size (`int`):
+            Rows per forward of a model.
+
+    Raises:
+        `ValueError`: if there are not as many `weights` or `processing_classes` as functions.
+    """
+
+    def __init__(
+        self,
+        reward_funcs: Any,
+        weights: list[float] | None,
+        processing_classes: Any,
+        accelerator: Accelerator,
+        batch_size: int,
+    ):
+        funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
+        tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
+        self.weights = [1.0] * len(funcs) if weights is None else weights
+        for name, given in (("online_reward_weights", self.weights), ("reward_processing_classes", tokenizers)):
+            if len(given) != len(funcs):
+                raise ValueError(f"`{name}` must have one entry per reward function ({len(funcs)}), got {len(given)}.")
+        self.batch_size = batch_size
+        self.names: list[str] = []
+        self.score_by: list[Callable[..., list[float]]] = []
+        for func, tokenizer in zip(funcs, tokenizers, strict=True):
+            if isinstance(func, str):
+                func = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1)
+            if isinstance(func, nn.Module):
+                name = get_config_model_id(func.config)
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
+                self.names.append(name.rstrip("/").split("/")[-1])
+                self.score_by.append(
+                    self._model_scorer(accelerator.prepare_model(func, evaluation_mode=True), tokenizer)
+                )
+            else:
+                self.names.append(get_callable_name(func))
+                self.score_by.append(_function_scorer(func))
+
+    def _model_scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.eval()
+
+        @torch.no_grad()
+        def score(prompts: list, completions: list, **columns: Any) -> list[float]:
+            if isinstance(prompts[0], str):
+                texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+            else:
+                chats = [{"messages": p + c} for p, c in zip(prompts, completions, strict=True)]
+                texts = [apply_chat_template(chat, tokenizer)["text"] for chat in chats]
+            # A template writes the special tokens itself; added ones would double them
+            special = isinstance(prompts[0], str)
+            scores = []
+            for start in range(0, len(texts), self.batch_size):
+                inputs = tokenizer(
+                    texts[start : start + self.batch_size],
+                    padding=True,
+                    padding_side="right",
+                    add_special_tokens=special,
+                    return_tensors="pt",
+                ).to(model.device)
+                scores += model(**inputs).logits[:, 0].float().tolist()
+            return scores
+
+        return score
+
+    def __call__(self, groups: list[Group], trainer_state: Any) -> None:
+        """Set `score` and `rewards` of every candidate; a NaN or `None` of one function leaves it out of the sum."""
+        members = [(group, candidate) for group in groups for candidate in group.candidates]
+        if not members:
+            return
+        columns = {key: [group.row[key] for group, _ in members] for key in members[0][0].row if key != "prompt"}
+        inputs = {
+            "prompts": [group.row["prompt"] for group, _ in members],
+            "completions": [candidate.completion for _, candidate in members],
+            "completion_ids": [candidate.completion_ids for _, candidate in members],
+            "trainer_state": trainer_state,
+        }
+        by_function = [score(**{**columns, **inputs}) for score in self.score_by]
+        for i, (_, candidate) in enumerate(members):
+            given = [math.nan if scores[i] is None else float(scores[i]) for scores in by_function]
+            candidate.rewards = dict(zip(self.names, given, strict=True))
+            counted = [w * r for w, r in zip(self.weights, given, strict=True) if not math.isnan(r)]
+            candidate.score = sum(counted) if counted else math.nan
+
+
+def _function_scorer(func: Callable) -> Callable[..., list[float]]:
+    if inspect.iscoroutinefunction(func):
+        return lambda **inputs: asyncio.run(func(**inputs))
+    return func
+
+
+def compare(
+    judge: Judge, prompts: list[Completion], firsts: list[Completion], seconds: list[Completion]
+) -> list[float]:
+    """
+    P(first ≻ second) of each pair, averaged over both orders so that a preference for a place cancels.
+
+    Args:
+        judge (`Callable`):
+            (prompts, firsts, seconds) → probabilities that the first is the better one.
+        prompts, firsts, seconds (`list`):
+            Texts or messages.
+
+    Raises:
+        `ValueError`: if the judge does not return one number in [0, 1] per pair.
+    """
+    if not prompts:
+        return []
+    outcomes = []
+    for order in ((firsts, seconds), (seconds, firsts)):
+        probabilities = [float(p) for p in judge(prompts, *order)]
+        if len(probabilities) != len(prompts) or not all(0 <= p <= 1 for p in probabilities):
+            raise ValueError(
+                f"`judge` must return a probability in [0, 1] for each of {len(prompts)} pairs, got "
+                f"{len(probabilities)} values, the first of which are {probabilities[:3]}."
+            )
+        outcomes.append(probabilities)
+    return [(forward + 1 - backward) / 2 for forward, backward in zip(*outcomes, strict=True)]
