@@ -52,6 +52,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
+    "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
     "asft": {},
 }
 

@@ -30,8 +30,8 @@ class RsoDPOConfig(PreferenceConfig):
     )
     rso_beta: float = method_field(
         0.5,
-        "β of rejection sampling, in units of the score, and apart from that of the loss: 0 takes the best candidates, "
-        "a large value any. Default of the paper, for the logits of its ranker.",
+        "β of rejection sampling, in units of the score, not that of the loss: 0 takes the best candidates, a large "
+        "value any. Default of the paper, for the logits of its ranker.",
         ge=0.0,
     )
     rso_dedup: bool = method_field(
@@ -52,8 +52,8 @@ class RsoDPOConfig(PreferenceConfig):
     )
     online_iterations: int = method_field(
         1,
-        "Iterations of the online loop. With 1, the default of the paper, all candidates come from the initial policy; "
-        "0 trains on the dataset's pairs.",
+        "Iterations of the online loop. With 1, as in the paper, all candidates come from the initial policy; 0 "
+        "trains on the dataset's pairs.",
         ge=0,
     )
     online_num_samples: int = method_field(64, "Candidates per prompt. Default of the paper.", ge=1)
