@@ -59,7 +59,7 @@ class JobArguments:
     task: str | None = _flag(
         None,
         "Procedural task: `addition` (the default without `dataset_name`), `automaton`, `countdown`, `marker`, "
-        "`mixture`, `sorting`, `tool_call`, or `reasoning_gym:<generator>`.",
+        "`mixture`, `rewrite`, `sorting`, `tool_call`, or `reasoning_gym:<generator>`.",
     )
     task_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Settings of the task as JSON, such as '{\"digits\": 3}'."}

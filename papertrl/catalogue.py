@@ -23,7 +23,9 @@ METHODS: dict[str, str] = {
     "rpo": "preference",
     "hypo": "preference",
     "rso": "preference",
+    "sem_dpo": "preference",
     "asft": "supervised",
+    "implicit_reward_sft": "supervised",
 }
 
 # Methods that go together, with a recipe and a claim of their own

@@ -18,6 +18,7 @@ from .errors import JobError, UsageError, paragraph
 SUBCOMMANDS = {
     "claims": "papertrl.evidence.command",
     "evaluate": "papertrl.evaluation.command",
+    "overoptimization": "papertrl.evidence.overoptimization",
     "publish": "papertrl.publishing",
     "space": "papertrl.space",
 }
@@ -26,6 +27,7 @@ USAGE = """\
 usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECIPE] [flags]
        papertrl methods
        papertrl claims [METHOD ...] [--help]
+       papertrl overoptimization [METHOD ...] [--help]
        papertrl evaluate MODEL [MODEL ...] [--help]
        papertrl publish OUTPUT_DIR [--help]
        papertrl space MODEL [--help]
@@ -38,8 +40,8 @@ two minutes on two CPU cores, without network.
   --config NAME             YAML file, or the recipe of a method, such as `lp_reg`; one with `stages`, such as
                             `two_stage_math`, runs several jobs, each on the model of the one before
   --model_name_or_path ID   Hub id or folder; `smollm2` for the packaged SmolLM2-135M-Instruct
-  --task NAME               `addition`, `automaton`, `countdown`, `marker`, `mixture`, `sorting`, `tool_call`, or
-                            `reasoning_gym:<generator>`
+  --task NAME               `addition`, `automaton`, `countdown`, `marker`, `mixture`, `rewrite`, `sorting`,
+                            `tool_call`, or `reasoning_gym:<generator>`
   --dataset_name ID         Hub id, folder, or .json/.jsonl/.csv/.tsv/.parquet file
   --reward_funcs A B ...    rewards of this library or of TRL, or dotted paths
   --output_dir DIR          where the run goes (default: a new folder below `runs/`)

@@ -283,7 +283,10 @@ def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase) -
                 f"`dataset_name` needs `--reward_funcs` with {', '.join(job.methods)}: one or more of exact_match, "
                 "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
             )
-        data = dataset_data(family, job.arguments, named, online=pairs_online(job))
+        formats = job.trainer_class.dataset_formats(job.training) if family == "preference" else ()
+        eval_formats = ("pairs",) if pairs_online(job) else formats
+        evaluated = job.training.eval_strategy != "no"
+        data = dataset_data(family, job.arguments, named, formats, eval_formats if evaluated else ())
     else:
         chat = tokenizer.chat_template is not None
         data = task_data(task, family, job.arguments, job.training.seed, chat, pairs_online(job))

@@ -53,7 +53,9 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
     "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
+    "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
+    "implicit_reward_sft": {},
 }
 
 
@@ -105,7 +107,8 @@ def settings(family: str, output_dir, **values) -> dict[str, Any]:
 def build(trainer_class: type, family: str, model: str, args, **kwargs):
     reward = kwargs.pop("reward", digit_parity)
     # TRL's config leaves a method its default
-    iterations = getattr(args, "online_iterations", getattr(trainer_class.config_class, "online_iterations", 0))
+    defaults = getattr(trainer_class, "config_class", None)
+    iterations = getattr(args, "online_iterations", getattr(defaults, "online_iterations", 0))
     if family == "preference" and iterations > 0:
         kwargs["reward_funcs"] = reward
     positional = {"policy": [[reward]], "preference": [None], "supervised": []}[family]

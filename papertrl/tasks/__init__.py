@@ -9,6 +9,7 @@ from .countdown import CountdownTask
 from .marker import MarkerTask
 from .mixture import MixtureTask
 from .reasoning_gym import ReasoningGymTask
+from .rewrite import RewriteTask
 from .sorting import SortingTask
 from .tool_call import ToolCallTask
 
@@ -20,6 +21,7 @@ __all__ = [
     "MixtureTask",
     "ProceduralTask",
     "ReasoningGymTask",
+    "RewriteTask",
     "SortingTask",
     "Task",
     "ToolCallTask",
@@ -35,6 +37,7 @@ _TASKS = {
         CountdownTask,
         MarkerTask,
         MixtureTask,
+        RewriteTask,
         SortingTask,
         ToolCallTask,
     )
@@ -47,7 +50,7 @@ def load_task(name: str, **kwargs) -> Task:
 
     Args:
         name (`str`):
-            `addition`, `automaton`, `countdown`, `marker`, `mixture`, `sorting`, `tool_call`, or
+            `addition`, `automaton`, `countdown`, `marker`, `mixture`, `rewrite`, `sorting`, `tool_call`, or
             `reasoning_gym:<generator>`.
         **kwargs:
             The task's settings, such as `digits` for `addition`.

@@ -17,12 +17,14 @@ from papertrl.tasks import (
     CountdownTask,
     MarkerTask,
     MixtureTask,
+    RewriteTask,
     SortingTask,
     ToolCallTask,
     load_task,
 )
 from papertrl.tasks.addition import workings
 from papertrl.tasks.countdown import evaluate
+from papertrl.tasks.rewrite import overlap, style
 from papertrl.tasks.sorting import bubble_sorted
 from papertrl.tiny import tiny_tokenizer
 
@@ -32,6 +34,7 @@ HARDEST = {
     "countdown": {"numbers": 4, "largest": 99},
     "marker": {"letters": 12, "max_length": 20},
     "mixture": {"weights": {"addition": 1, "sorting": 1, "automaton": 1, "countdown": 2}, "easy_share": 0.2},
+    "rewrite": {"length": 12, "letters": 13},
     "sorting": {"length": 20, "alphabet": "letters"},
     "tool_call": {"tools": 6, "arguments": 3},
 }
@@ -90,8 +93,8 @@ def test_demonstrations_are_right_or_make_the_typical_error(name):
         return sum(scores(task, problems, list(demonstrations["completion"]))) / 400
 
     right, mixed, wrong = mean(0.0), mean(0.6), mean(1.0)
-    # The marker's demonstrations are long, which costs
-    assert right == 1.0 or (name == "marker" and 0.75 < right < 1.0)
+    # The marker's demonstrations are long and rewrites have few marks, which costs
+    assert right == 1.0 or (name in ("marker", "rewrite") and 0.75 < right < 1.0)
     assert right - 0.15 > mixed > wrong + 0.05
     with pytest.raises(ValueError, match=r"`error_share` must be in \[0, 1\], got 1.5"):
         task.demonstrations(3, 0, 1.5)
@@ -144,6 +147,8 @@ BAD = [
     ("mixture", {"weights": {"sorting": 0}}, "not all 0"),
     ("mixture", {"weights": {"sorting": "1"}}, "got {'sorting': '1'}"),
     ("mixture", {"easy_share": True}, "`easy_share` must be in"),
+    ("rewrite", {"letters": 6}, r"`letters` must be in \[7, 26\], got 6"),
+    ("rewrite", {"drift_share": 2}, r"`drift_share` must be in \[0, 1\], got 2"),
     ("sorting", {"length": 2}, r"`length` must be in \[3, 20\], got 2"),
     ("sorting", {"alphabet": "runes"}, "`alphabet` must be 'digits' or 'letters', got 'runes'"),
     ("tool_call", {"tools": 1}, r"`tools` must be in \[2, 6\], got 1"),
@@ -179,6 +184,7 @@ def test_examples_of_the_page_are_right():
         else:
             right = {
                 "addition": lambda p: f"{sum(map(int, p[:-1].split('+'))):03}",
+                "rewrite": lambda p: p[:-1] + "!*+",
                 "sorting": lambda p: "".join(sorted(p[:-1])),
                 "countdown": lambda p: "3*5+7" if evaluate("3*5+7") == int(p[:-1].split(">")[1]) else "",
                 "tool_call": lambda p: "drop(x=fig,n=37)",
@@ -332,6 +338,15 @@ def test_proxy_and_true_reward_part_with_length():
     assert proxied.reward == proxied.proxy_reward and proxied.reward.__name__ == "proxy_reward"
 
 
+def test_marker_pairs_are_labeled_by_the_reward_trained_on():
+    task = MarkerTask(train_on="proxy")
+    pairs = task.preference(task.generate(300, 0))
+    chosen, rejected = (task.proxy_reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected"))
+    assert all(c > r for c, r in zip(chosen, rejected, strict=True))
+    true = [task.true_reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected")]
+    assert any(c < r for c, r in zip(*true, strict=True))
+
+
 @pytest.mark.parametrize("longer_share", [None, 0.0, 0.8, 1.0])
 @pytest.mark.parametrize("label_noise, covered", [(0.0, None), (0.25, 3), (1.0, 1)])
 def test_marker_pairs_follow_the_knobs(longer_share, label_noise, covered):
@@ -348,6 +363,30 @@ def test_marker_pairs_follow_the_knobs(longer_share, label_noise, covered):
         assert abs(longer - longer_share) < 0.06
     starts = {text[0] for side in ("chosen", "rejected") for text in pairs[side]}
     assert starts == set("abcdefgh"[:covered])
+
+
+# Rewriting
+
+
+@pytest.mark.parametrize("drift, rejected_drift", [(0.4, 0.2), (1.0, 0.0)])
+def test_rewritten_pairs_know_style_alone(drift, rejected_drift):
+    task = RewriteTask(drift_share=drift, rejected_drift_share=rejected_drift)
+    problems = task.generate(500, 0)
+    pairs = task.preference(problems)
+    assert pairs.to_list() == task.preference(problems).to_list()
+    for side, share in (("chosen", drift), ("rejected", rejected_drift)):
+        overlaps = list(map(overlap, pairs["prompt"], pairs[side]))
+        assert abs(sum(o < 0.6 for o in overlaps) / 500 - share) < 0.06
+        assert all(o < 0.6 or o == pytest.approx(1) for o in overlaps)
+    assert all(style(c) > style(r) for c, r in zip(pairs["chosen"], pairs["rejected"], strict=True))
+
+
+def test_rewrites_are_scored_by_letters_then_style():
+    task = RewriteTask(length=4)
+    texts = ["facd!*+", "hcaf!*+", "fach", "hcaf+", "hhcaf!*+", "", "!*+"]
+    assert [task.score(text, "hcaf!*+") for text in texts] == pytest.approx([0, 1, 1 / 2, 2 / 3, 0, 0, 0])
+    assert [overlap("hcaf:", text) for text in texts[:3]] == pytest.approx([3 / 4, 1, 1])
+    assert overlap("hcaf:", "hh!") == pytest.approx(1 / 2) and overlap("hcaf:", "!") == 0
 
 
 # Tool calls

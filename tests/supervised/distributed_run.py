@@ -1,4 +1,4 @@
-"""Program of `test_distributed`: a short ASFT run whose log and final weights go to a folder."""
+"""Program of `test_distributed`: short runs whose logs and final weights go to folders."""
 
 import json
 import sys
@@ -8,28 +8,36 @@ import torch
 from datasets import disable_progress_bars
 from safetensors.torch import save_file
 
-from papertrl import AsftSFTConfig, AsftSFTTrainer
+from papertrl import AsftSFTTrainer, ImplicitRewardSFTTrainer
 from papertrl.tiny import tiny_tokenizer
 
 from .helpers import history, make, weights
 
+RUNS = {
+    "asft": (AsftSFTTrainer, {"anchor_coef": 0.5}),
+    "implicit_reward_sft": (ImplicitRewardSFTTrainer, {"sft_divergence_level": "sequence"}),
+}
 
-def run(folder: Path, batch_size: int) -> None:
-    trainer = make(
-        AsftSFTTrainer,
-        AsftSFTConfig,
-        tiny_tokenizer(),
-        folder,
-        anchor_coef=0.5,
-        optim="sgd",
-        learning_rate=0.5,
-        per_device_train_batch_size=batch_size,
-    )
-    trainer.train()
-    if trainer.accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(weights(trainer), folder / "weights.safetensors")
-        (folder / "history.json").write_text(json.dumps(history(trainer)))
+
+def run(root: Path, batch_size: int) -> None:
+    for name, (trainer_class, options) in RUNS.items():
+        folder = root / name
+        trainer = make(
+            trainer_class,
+            trainer_class.config_class,
+            tiny_tokenizer(),
+            folder,
+            optim="sgd",
+            learning_rate=0.5,
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=2,
+            **options,
+        )
+        trainer.train()
+        if trainer.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(weights(trainer), folder / "weights.safetensors")
+            (folder / "history.json").write_text(json.dumps(history(trainer)))
 
 
 if __name__ == "__main__":

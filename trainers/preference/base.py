@@ -37,6 +37,9 @@ PINNED = {
     "trl.trainer.utils.flush_left": "8454fdab9ffeacb418d44f224eef1a1f",
     "trl.models.utils.disable_gradient_checkpointing": "1f3a5e7ca9cb59025b228c02d9e823f9",
     "trl.models.utils.unwrap_model_for_generation": "583d1303c5c55405c0c7b62819e64a19",
+    "transformers.trainer.Trainer._run_epoch": "31aff00f34c302a241b458727e59ae4b",
+    "transformers.trainer.Trainer.get_batch_samples": "0b3727386f73f67053b12b91e01c6967",
+    "trl.data_utils._tokenize": "5fc8cbcb4cacebc870c17a57f95786a8",
     "trl.distributed.DistributedBackend": "df5f1ebf26636f63193beaf5e23301d4",
 }
 
@@ -203,6 +206,14 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
         self._set_up_sharing(1.0, False, (*fields, "log_sum_sq_probs") if self.use_weighting else fields)
 
     # --- Rows ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def dataset_formats(cls, args: Any) -> tuple[str, ...]:
+        """
+        Formats of [`~papertrl.data.FORMATS`] that the training dataset may have under the config `args`, the best
+        first: a job converts to them. Extend through `super()`.
+        """
+        return ("prompts",) if args.online_iterations > 0 else ("pairs",)
 
     def carried(self) -> list[str]:
         """Columns of prepared rows that the stage *collate* reads. Extend through `super()`."""

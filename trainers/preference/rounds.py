@@ -289,9 +289,8 @@ class PreferenceRounds:
         return random.Random(f"{self.args.seed} {self.iteration} {key}")
 
     def log_round(self, values: dict[str, float]) -> None:
-        """Log numbers of a round, as `online/{name}`, with the next log."""
-        for name, value in values.items():
-            self._metrics["train"][f"online/{name}"].append(float(value))
+        """Log numbers of this round, as `online/{name}`, with the next log; they are kept with it."""
+        self._round_metrics |= {name: float(value) for name, value in values.items()}
 
     @contextmanager
     def generation_model(self, source: Source = "policy") -> Iterator[torch.nn.Module]:
@@ -336,6 +335,7 @@ class PreferenceRounds:
 
     def _run_round(self) -> Dataset | None:
         """Pairs of this iteration, written to the output directory; `None` if there is none."""
+        self._round_metrics: dict[str, float] = {}
         with torch.random.fork_rng():
             groups = self._judged_groups()
             pairs = self.select_pairs(self.pair(groups))
@@ -422,6 +422,7 @@ class PreferenceRounds:
             "prompts": len(groups),
             "candidates": sum(len(group.candidates) for group in groups),
             "pairs": 0 if dataset is None else len(dataset),
+            "metrics": self._round_metrics,
             "papertrl": version("papertrl"),
             "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         }
@@ -441,8 +442,9 @@ class PreferenceRounds:
             return super().get_train_dataloader()
         # Its length alone counts: `get_batch_samples` has the rows
         rows = self.prompts_per_iteration() * self.args.online_iterations
-        batch = self.args.per_device_train_batch_size * self.accelerator.num_processes
-        return DataLoader(range(-(-rows // batch)), collate_fn=_nothing)
+        accumulated = self.args.gradient_accumulation_steps
+        batch = self.args.per_device_train_batch_size * self.accelerator.num_processes * accumulated
+        return DataLoader(range(-(-rows // batch) * accumulated), collate_fn=_nothing)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
@@ -499,16 +501,20 @@ class PreferenceRounds:
             # All ranks must take the same way, whenever each of them looks
             written = [(folder / PROVENANCE).is_file()]
             broadcast_object_list(written)
+            begins = self.state.global_step == self.first_step(iteration)
             if written[0]:
                 file = folder / "pairs.parquet"
                 pairs = Dataset(pq.read_table(file)) if file.exists() else None
-            elif self.state.global_step == self.first_step(iteration):
+                self._round_metrics = json.loads((folder / PROVENANCE).read_text())["metrics"]
+            elif begins:
                 pairs = self._run_round()
             else:
                 raise ValueError(
                     f"`output_dir`: '{folder}' is missing, whose pairs this run is training on. Restore it, or resume "
                     "from a checkpoint between two iterations."
                 )
+            for name, value in self._round_metrics.items() if begins else ():
+                self._metrics["train"][f"online/{name}"].append(value)
             self._round_pairs[iteration] = pairs and self.prepare(pairs, f"round_{iteration}")
         return self._round_pairs[iteration]
 

@@ -161,6 +161,10 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
 
     def needs_reference(self) -> bool:
         """Whether a stage reads `record.reference`; if not, there is no reference pass. Extend with `or`."""
+        return self.needs_reference_logps()
+
+    def needs_reference_logps(self) -> bool:
+        """Whether a stage reads `record.ref_log_probs`. Extend with `or`."""
         return False
 
     # --- Stages -------------------------------------------------------------------------------------------------
@@ -234,29 +238,32 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         def forward(**inputs: Any) -> Any:
             if not inputs.get("fused_lm_head", False):
                 return model(**inputs)
-            reference = self._reference_logits(inputs) if self.needs_reference() else None
+            reference, ref_log_probs = self._reference_pass(inputs) if self.needs_reference() else (None, None)
             observer = observe(backbone(model), Pass.GRADIENT) if self.needs_logits() else nullcontext()
             with observer as observation:
                 outputs = model(**inputs)
             policy = _lazy_logits(model, observation.hidden_states()) if self.needs_logits() else None
-            record = _make_record(inputs, outputs, policy, reference)
+            record = _make_record(inputs, outputs, policy, reference, ref_log_probs)
             outputs.log_probs = -self.per_token_loss(record)
             return outputs
 
         return forward
 
-    def _reference_logits(self, inputs: dict[str, Any]) -> LazyLogits:
+    def _reference_pass(self, inputs: dict[str, Any]) -> tuple[LazyLogits, torch.Tensor | None]:
         model = self.model if self.ref_model is None else self.ref_model
-        # Nothing is scored here: without labels the fused head has no position to project
-        inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
+        scored = self.needs_reference_logps()
+        if not scored:
+            # Without labels the fused head has no position to project
+            inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
         if "output_router_logits" in inputs:
-            inputs["output_router_logits"] = False
+            inputs = {**inputs, "output_router_logits": False}
         with (
             as_reference(model, self.accelerator.unwrap_model(model)),
             observe(backbone(model), Pass.REFERENCE) as observation,
         ):
-            model(**inputs)
-            return _lazy_logits(model, observation.hidden_states())
+            outputs = model(**inputs)
+            logits = _lazy_logits(model, observation.hidden_states())
+        return logits, outputs.log_probs if scored else None
 
 
 def _lazy_logits(model: nn.Module, hidden_states: torch.Tensor) -> LazyLogits:
@@ -265,7 +272,11 @@ def _lazy_logits(model: nn.Module, hidden_states: torch.Tensor) -> LazyLogits:
 
 
 def _make_record(
-    inputs: dict[str, Any], outputs: FusedCausalLMOutput, policy: LazyLogits | None, reference: LazyLogits | None
+    inputs: dict[str, Any],
+    outputs: FusedCausalLMOutput,
+    policy: LazyLogits | None,
+    reference: LazyLogits | None,
+    ref_log_probs: torch.Tensor | None,
 ) -> SupervisedRecord:
     batch, time = outputs.log_probs.shape
     if "seq_idx" in inputs:
@@ -282,4 +293,5 @@ def _make_record(
         num_examples=num_examples,
         policy=policy,
         reference=reference,
+        ref_log_probs=ref_log_probs,
     )

@@ -31,6 +31,9 @@ class SupervisedRecord:
             Hidden states and head of the trained model, with gradient; present if the trainer `needs_logits`.
         reference (`LazyLogits`, *optional*):
             The same of the frozen initial model, without gradient; present if the trainer `needs_reference`.
+        ref_log_probs (`torch.Tensor` of shape `(batch, time - 1)`, `float32`, *optional*):
+            Log-probability of the label under the frozen initial model in nats, without gradient; 0 where there is
+            none. Present if the trainer `needs_reference_logps`.
 
     Raises:
         `ValueError`: if a shape or dtype is not as stated.
@@ -44,6 +47,7 @@ class SupervisedRecord:
     num_examples: int
     policy: LazyLogits | None = None
     reference: LazyLogits | None = None
+    ref_log_probs: torch.Tensor | None = None
 
     def __post_init__(self):
         shape = self.label_mask.shape
@@ -62,5 +66,12 @@ class SupervisedRecord:
             found = getattr(self, name).dtype
             if found != dtype:
                 raise ValueError(f"`{name}` must be `{dtype}`, got `{found}`.")
-        if self.entropy.requires_grad:
-            raise ValueError("`entropy` must be detached.")
+        if self.ref_log_probs is not None and self.ref_log_probs.shape != shape:
+            raise ValueError(
+                f"`ref_log_probs` must be of shape (batch, time - 1) = {tuple(shape)}, "
+                f"got {tuple(self.ref_log_probs.shape)}."
+            )
+        for name in ("entropy", "ref_log_probs"):
+            value = getattr(self, name)
+            if value is not None and value.requires_grad:
+                raise ValueError(f"`{name}` must be detached.")

@@ -1,0 +1,213 @@
+"""Supervised fine-tuning as imitation by implicit rewards, with another f-divergence than SFT's."""
+
+from typing import Any
+
+import torch
+
+from ...configuration import method_config, method_field
+from ...losses.supervised.implicit_reward_sft import (
+    DIVERGENCES,
+    FLOORS,
+    sequence_rewards,
+    sequence_utility,
+    utility,
+    utility_slope,
+)
+from ..method import Method
+from .base import SupervisedConfig, SupervisedTrainer
+from .record import SupervisedRecord
+
+# β where none is set
+TOKEN_BETA, SEQUENCE_BETA = 1.0, 0.1
+# SFT
+NEUTRAL = {"sft_divergence": "tv", "sft_divergence_level": "token", "sft_scale_by_beta": True}
+
+
+@method_config
+class ImplicitRewardSFTConfig(SupervisedConfig):
+    """Configuration of [`ImplicitRewardSFTTrainer`]."""
+
+    sft_divergence: str = method_field(
+        "pearson_chi2",
+        "f-divergence whose conjugate gives the utility φ of the implicit reward. 'tv' is SFT: φ(x) = x.",
+        choices=DIVERGENCES,
+    )
+    sft_divergence_level: str = method_field(
+        "token",
+        "What a reward belongs to: 'token', with the mean over labels, or 'sequence', the sum over an example's "
+        "labels, with the mean over examples.",
+        choices=("token", "sequence"),
+    )
+    sft_beta: float | None = method_field(
+        None,
+        "β, scale of the implicit reward x = β · log(π_θ / π_ref). Unset, 1 per token and 0.1 per sequence, which are "
+        "this library's: the paper's values are not known to us.",
+        gt=0.0,
+    )
+    sft_scale_by_beta: bool = method_field(
+        True,
+        "Whether the loss is divided by β, so that its gradient at the start is that of SFT at the same learning rate "
+        "(1/e of it for 'reverse_kl').",
+    )
+    learning_rate: float = method_field(
+        5e-6,
+        "The paper's rule is a clearly lower learning rate than usual, chosen by the score after the DPO stage. "
+        "Default: a quarter of that of `SFTConfig`.",
+        ge=0.0,
+    )
+
+    @property
+    def implicit_reward_beta(self) -> float:
+        """β, also where `sft_beta` is unset."""
+        if self.sft_beta is not None:
+            return self.sft_beta
+        return TOKEN_BETA if self.sft_divergence_level == "token" else SEQUENCE_BETA
+
+    def validate(self) -> None:
+        super().validate()
+        if self.sft_divergence_level == "sequence" and self.packing and self.packing_strategy == "wrapped":
+            raise ValueError(
+                "`sft_divergence_level='sequence'` needs to know where sequences end, which `packing_strategy="
+                "'wrapped'` forgets. Set `packing_strategy='bfd'`, `packing=False` or `sft_divergence_level='token'`."
+            )
+
+
+class ImplicitRewardSFTTrainer(SupervisedTrainer):
+    r"""
+    Supervised fine-tuning that stays within reach of preference optimization: by a concave utility of the implicit
+    reward, so that labels already raised above the initial model count less, and by a low learning rate.
+
+    DPO's implicit reward \\( x_t = \beta \log \frac{\pi_\theta(y_t|y_{<t})}{\pi_{ref}(y_t|y_{<t})} \\) makes SFT the
+    imitation objective of a linear utility, which the distance to the reference drops out of. With the utility
+    \\( \varphi \\) of another f-divergence it does not:
+
+    $$ L = -\frac{1}{\beta} \frac{\sum_t \varphi(x_t)}{\sum_t 1} \quad \text{or} \quad
+       L = -\frac{1}{\beta} \, \mathrm{mean}_e \; \varphi\Big(\sum_{t \in e} x_t\Big) $$
+
+    over label tokens t, or over examples e with `sft_divergence_level="sequence"`; both means are over the whole
+    optimizer step on all ranks. Token t's gradient is SFT's times \\( \varphi'(x) \\), which is 1 at the start (1/e
+    for `reverse_kl`). The utilities are listed at
+    [`utility`](../../losses/supervised/implicit_reward_sft.py). `squared_hellinger` and `jensen_shannon` have a pole
+    below 0; a reward below −0.9 or −0.6 is clamped there and teaches nothing until other tokens bring it back.
+
+    Implemented is the value gauge V ≡ 0, in which a token's reward is its log-ratio alone; this, β, and the table of
+    utilities are derived, not the paper's text. No code was released. The paper's other remedy is a schedule: SFT at
+    `learning_rate` of a quarter of the usual or less, chosen by the score *after* DPO and not by SFT's loss. The
+    recipe has it in two stages. The diagnostic of logits as values, β · logsumexp, is left out: it is defined only up
+    to a constant of the state.
+
+    The initial model is what is passed as `model`; see [`AsftSFTTrainer`](asft.py). With packing, the pieces of an
+    example that `packing_strategy="bfd_split"` splits count as sequences of their own.
+
+    Logged beside TRL's metrics: `implicit_reward/mean` (x), `implicit_reward/slope` (mean \\( \varphi'(x) \\)),
+    `implicit_reward/reweighting` (mean \\( |\varphi'(x) / \varphi'(0) - 1| \\), how far this is from SFT) and
+    `implicit_reward/clamped_fraction` (share of rewards below the floor), over tokens or examples as the loss is.
+
+    Relations:
+        - [`~trl.SFTTrainer`] is `sft_divergence="tv"`. Prefer it where no preference stage follows.
+        - [`AsftSFTTrainer`](asft.py) bounds the drift by a divergence over the whole vocabulary and distrusts
+          unlikely labels; here the bound is on each label's own gain. The two combine.
+        - [`~trl.DPOTrainer`] is the stage after: the same implicit reward, compared within pairs.
+
+    Paper: [Implicit Reward as the Bridge: A Unified View of SFT and DPO
+    Connections](https://arxiv.org/abs/2507.00018)
+
+    Example:
+
+    ```python
+    >>> from datasets import Dataset
+    >>> from papertrl import ImplicitRewardSFTConfig, ImplicitRewardSFTTrainer
+    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> tokenizer = tiny_tokenizer()
+    >>> sums = [{"prompt": f"{a}+1=", "completion": f"{a + 1}"} for a in range(8)]
+    >>> args = ImplicitRewardSFTConfig(output_dir="implicit", max_steps=2, use_cpu=True, report_to="none")
+    >>> trainer = ImplicitRewardSFTTrainer(
+    ...     tiny_model(tokenizer), args, train_dataset=Dataset.from_list(sums), processing_class=tokenizer
+    ... )
+    >>> result = trainer.train()
+
+    ```
+    """
+
+    config_class = ImplicitRewardSFTConfig
+    method = Method(
+        name="implicit_reward_sft",
+        summary="Fine-tunes by a concave utility of DPO's implicit reward, at a low rate, for a DPO stage after it",
+        replaces={"token_loss": NEUTRAL},
+        neutral=NEUTRAL,
+        signal="implicit_reward/reweighting",
+    )
+    _tag_names = ["trl", "papertrl", "sft", "implicit-reward-sft"]
+    _name = "Implicit-reward SFT"
+    _paper = {
+        "title": "Implicit Reward as the Bridge: A Unified View of SFT and DPO Connections",
+        "id": "2507.00018",
+        # docstyle-ignore
+        "citation": """\
+@article{implicitreward2025bridge,
+    title  = {{Implicit Reward as the Bridge: A Unified View of SFT and DPO Connections}},
+    year   = 2025,
+    eprint = {arXiv:2507.00018},
+}""",
+    }
+
+    # Of the present optimizer step, on all ranks
+    _labels_per_example: torch.Tensor | None = None
+
+    def _has_reward_utility(self) -> bool:
+        return any(getattr(self.args, name) != value for name, value in NEUTRAL.items())
+
+    def needs_stages(self) -> bool:
+        return super().needs_stages() or self._has_reward_utility()
+
+    def needs_reference_logps(self) -> bool:
+        return super().needs_reference_logps() or self._has_reward_utility()
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """The micro-batches of an optimizer step, whose examples with labels are counted for the mean over them."""
+        batches, num_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self._has_reward_utility() and self.args.sft_divergence_level == "sequence" and num_labels is not None:
+            examples = torch.stack([count_examples(batch) for batch in batches]).sum().to(device)
+            if self.args.average_tokens_across_devices:
+                examples = self.accelerator.reduce(examples, reduction="sum")
+            self._labels_per_example = torch.as_tensor(num_labels, device=device) / examples.clamp(min=1)
+        return batches, num_labels
+
+    def token_loss(self, record: SupervisedRecord) -> torch.Tensor:
+        if not self._has_reward_utility():
+            return super().token_loss(record)
+        args = self.args
+        beta, divergence = args.implicit_reward_beta, args.sft_divergence
+        scale = 1 / beta if args.sft_scale_by_beta else 1.0
+        rewards = beta * (record.log_probs - record.ref_log_probs)
+        if args.sft_divergence_level == "token":
+            self._log_rewards(rewards.detach(), record.label_mask)
+            return -scale * utility(rewards, divergence)
+        examples = (record.example_ids, record.num_examples)
+        labels = sequence_rewards(record.label_mask.to(rewards), *examples)
+        self._log_rewards(sequence_rewards(rewards.detach(), *examples), labels > 0)
+        values = sequence_utility(rewards, record.label_mask, *examples, divergence)
+        # The base divides by the number of labels, the mean is over examples
+        counted = self._labels_per_example if self.model.training else None
+        ratio = labels.sum() / (labels > 0).sum().clamp(min=1) if counted is None else counted
+        return -scale * ratio * values
+
+    def _log_rewards(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
+        divergence, count = self.args.sft_divergence, mask.sum()
+        slope = utility_slope(rewards, divergence)
+        departure = (slope / utility_slope(torch.zeros_like(slope), divergence) - 1).abs()
+        for name, values in {
+            "mean": rewards,
+            "slope": slope,
+            "reweighting": departure,
+            "clamped_fraction": rewards < FLOORS[divergence],
+        }.items():
+            self.log_mean(f"implicit_reward/{name}", (values * mask).sum(), count)
+
+
+def count_examples(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Number of examples of a collated batch that have a label which something predicts."""
+    mask = batch["labels"][:, 1:] != -100
+    if "seq_idx" in batch:
+        return torch.tensor(batch["seq_idx"][:, 1:][mask].unique().numel())
+    return mask.any(1).sum()
