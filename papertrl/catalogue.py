@@ -25,6 +25,7 @@ METHODS: dict[str, str] = {
     "drift": "preference",
     "rlhf_workflow": "preference",
     "xpo": "preference",
+    "rso": "preference",
     "sem_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",

@@ -55,6 +55,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "drift": {"online_max_new_tokens": 4, "online_num_prompts": 8},
     "rlhf_workflow": {"online_iterations": 2, "online_num_samples": 4, "online_max_new_tokens": 6},
     "xpo": {"online_iterations": 2, "online_max_new_tokens": 6, "xpo_alpha": [0.01, 0.005]},
+    "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
     "implicit_reward_sft": {},
