@@ -124,7 +124,6 @@ class RewardScorer:
             candidate.score = sum(counted) if counted else math.nan
 
 
-<<<<<<< HEAD
 def _load_reward_model(name: str) -> nn.Module:
     try:
         return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
@@ -134,10 +133,7 @@ def _load_reward_model(name: str) -> nn.Module:
         ) from error
 
 
-def _function_scorer(func: Callable) -> Callable[..., list[float]]:
-=======
 def _function_scorer(func: Callable) -> Scorer:
->>>>>>> ea7421adddaaaf00f34ddd18c5e37965c0a9e707
     if inspect.iscoroutinefunction(func):
         return lambda _, inputs: asyncio.run(func(**inputs))
     return lambda _, inputs: func(**inputs)
