@@ -48,6 +48,9 @@ INCOMPATIBLE = {
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
     ("constrained_rlhf", "two_stage_math"): ("combine_rewards", {"constraint_thresholds": None}),
     ("dynamic_reward_weighting", "two_stage_math"): ("combine_rewards", {"reward_weighting": "none"}),
+    ("drift", "rlhf_workflow"): ("pair", {"online_iterations": 0}),
+    ("drift", "rso"): ("pair", {"rso_pairing": "none"}),
+    ("rlhf_workflow", "rso"): ("pair", {"rso_pairing": "none"}),
 }
 
 
