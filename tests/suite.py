@@ -56,6 +56,8 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "rlhf_workflow": {"online_iterations": 2, "online_num_samples": 4, "online_max_new_tokens": 6},
     "xpo": {"online_iterations": 2, "online_max_new_tokens": 6, "xpo_alpha": [0.01, 0.005]},
     "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
+    "irpo": {},
+    "srpo": {},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
     "implicit_reward_sft": {},
@@ -99,6 +101,10 @@ def dataset(family: str) -> Dataset:
                 "feedback": ["high" if i else "low" for i in numbers],
             }
         )
+        columns = {"chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
+        lists = {"completions": [[f"{i}", f"{2 * i + 1}", f"{3 * i}"][: 2 + i % 2] for i in numbers]}
+        lists["relevance"] = [[1, 2, 0][: 2 + i % 2] for i in numbers]
+        return Dataset.from_dict({"prompt": prompts} | columns | lists)
     return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]})
 
 

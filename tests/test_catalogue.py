@@ -51,6 +51,7 @@ INCOMPATIBLE = {
     ("drift", "rlhf_workflow"): ("pair", {"online_iterations": 0}),
     ("drift", "rso"): ("pair", {"rso_pairing": "none"}),
     ("rlhf_workflow", "rso"): ("pair", {"rso_pairing": "none"}),
+    ("irpo", "srpo"): ("pair_losses", {"srpo_alpha": None}),
 }
 
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import disable_progress_bars
+from datasets import Dataset, disable_progress_bars
 
 from papertrl import (
     DriftDPOTrainer,
     HypoDPOTrainer,
+    HypoDPOTrainer,
+    IrpoDPOTrainer,
     LnDPOTrainer,
     PreferenceTrainer,
     RpoDPOTrainer,
@@ -25,12 +27,21 @@ from .common import history, make_trainer, pairs, weights
 TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
 ONLINE = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
 ROUNDS = {"online_iterations": 2, "online_max_new_tokens": 4, "online_num_prompts": 8}
+# Lists of which some do not count, more on one process than on the other
+LISTS = Dataset.from_dict(
+    {
+        "prompt": ["1+1=", "2", "33", "4"] * 4,
+        "completions": [["2", "33"], ["4", "5", "66"], ["7"], ["8", "99"]] * 4,
+        "relevance": [[1, 0], [0, 2, 1], [1], [0, 0]] * 4,
+    }
+)
 RUNS = {
     "dpo": (PreferenceTrainer, {"loss_type": ["sigmoid", "hinge"]}),
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
     "hypo": (HypoDPOTrainer, ONLINE),
     "drift": (DriftDPOTrainer, {**ROUNDS, "dataset": pairs().add_column("feedback", ["low"] * 16)}),
     "sem_dpo": (SemDPOTrainer, {"sem_encoder": "characters", "sem_alpha": 2.0, "sem_normalize": True}),
+    "irpo": (IrpoDPOTrainer, {"dataset": LISTS}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
 

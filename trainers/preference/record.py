@@ -41,6 +41,9 @@ class PreferenceRecord:
             What methods sampled before the policy's pass, by method name.
         extras (`dict[str, torch.Tensor]`):
             What methods made of further dataset columns in the stage *collate*, one entry per pair.
+        exchanged (`bool`):
+            Whether chosen and rejected are exchanged against the data, as [`flipped`] does for smoothed losses:
+            `extras` and `samples` are as they were.
 
     Raises:
         `ValueError`: if a tensor breaks the contract; the message names it.
@@ -60,6 +63,7 @@ class PreferenceRecord:
     aux_loss: torch.Tensor | None = None
     samples: dict[str, SampledCompletions] = field(default_factory=dict)
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    exchanged: bool = False
 
     def __post_init__(self):
         rows, length = self.input_ids.shape
@@ -102,8 +106,10 @@ class PreferenceRecord:
 
     def flipped(self) -> "PreferenceRecord":
         """The same pairs with chosen and rejected exchanged; `extras` and `samples` stay."""
-        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("aux_loss", "samples", "extras")}
-        return replace(self, **{name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None})
+        stays = ("aux_loss", "samples", "extras", "exchanged")
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
+        rows = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
+        return replace(self, **rows, exchanged=not self.exchanged)
 
     @property
     def shift_completion_mask(self) -> torch.Tensor:
