@@ -23,6 +23,7 @@ METHODS: dict[str, str] = {
     "rpo": "preference",
     "hypo": "preference",
     "sem_dpo": "preference",
+    "ofs_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",
 }
