@@ -205,7 +205,8 @@ def test_the_better_module_is_what_is_saved(worse, tiny_path, tokenizer, tmp_pat
     data = Dataset.from_dict({"prompt": ["1+1="] * 16, "chosen": chosen, "rejected": rejected})
     rate, data = (0.1, data) if worse == "default" else (1e-2, None)
     trainer = ofs(
-        tiny_path, tokenizer, tmp_path, ofs_alpha=0.0, ofs_slow_lr_ratio=1e-3, learning_rate=rate, dataset=data, beta=1.0, max_steps=12,
+        tiny_path, tokenizer, tmp_path, ofs_alpha=0.0, ofs_slow_lr_ratio=1e-3, learning_rate=rate, dataset=data,
+        beta=1.0, max_steps=12,
         ofs_chasing_interval=3, save_strategy="steps", save_steps=12,
     )  # fmt: skip
     trainer.train()
