@@ -62,6 +62,11 @@ class OfsDPOConfig(PreferenceConfig):
                 "`gradient_checkpointing` must be False, got True: when the backward pass repeats a forward pass, the "
                 "other of the two adapters would be active. Set it to False, or `ofs_alpha=None`."
             )
+        if self.ddp_find_unused_parameters:
+            raise ValueError(
+                "`ddp_find_unused_parameters` must be False or None, got True: either adapter is unused in some forward "
+                "pass, but none in a whole step."
+            )
         if self.load_best_model_at_end:
             raise ValueError(
                 "`load_best_model_at_end` must be False, got True: it restores one of the two adapters. At the end of "
@@ -168,6 +173,8 @@ class OfsDPOTrainer(PreferenceTrainer):
         if self.args.ofs_alpha is None:
             return
         self._check_modules()
+        # In every step both adapters are used, but each forward pass leaves one out, which DDP would take for unused
+        self.args.ddp_find_unused_parameters = False
         model = self.model
         model.add_adapter("slow", _plain_copy(model.peft_config["default"]))
         if self.args.disable_dropout:
