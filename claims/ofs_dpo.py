@@ -15,14 +15,14 @@ CLAIM = Claim(
     "one alive, and the policy ends better at equal steps.",
     figures="ahead of DPO on summaries, dialogue and sentiment in the domain trained on (figures not confirmed)",
     check="Sorting; the rejected answer swaps two neighbors of the chosen one. LoRA of rank 8 on a model that half "
-    "knows the task, at equal steps and rate, which is twice the cost for two adapters. Measured is greedy accuracy, with "
-    "the divergence from the start beside it; against two adapters without chase, the gradient of the first at the "
-    "end.",
+    "knows the task, at equal steps and rate, which is twice the cost for two adapters. Measured is greedy accuracy, "
+    "with the divergence from the start beside it; against two adapters without chase, the gradient of the first at "
+    "the end.",
     task="sorting",
     start=Start(steps=800),
     settings={
         "per_device_train_batch_size": 64,
-        "max_steps": 100,
+        "max_steps": 50,
         "learning_rate": 3e-4,
         "beta": 1.0,
         "max_grad_norm": 1e9,
@@ -41,6 +41,6 @@ CLAIM = Claim(
     ),
     tune_on=ACCURACY,
     measures=(greedy_accuracy, kl_to_start),
-    evaluations=4,
+    evaluations=2,
     logs=("ofs/role", "ofs/margin_gap", "ofs/grad_norm_slow"),
 )

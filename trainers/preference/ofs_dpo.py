@@ -64,8 +64,8 @@ class OfsDPOConfig(PreferenceConfig):
             )
         if self.ddp_find_unused_parameters:
             raise ValueError(
-                "`ddp_find_unused_parameters` must be False or None, got True: either adapter is unused in some forward "
-                "pass, but none in a whole step."
+                "`ddp_find_unused_parameters` must be False or None, got True: either adapter is unused in some "
+                "forward pass, but none in a whole step."
             )
         if self.load_best_model_at_end:
             raise ValueError(
