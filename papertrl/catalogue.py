@@ -29,6 +29,7 @@ METHODS: dict[str, str] = {
     "irpo": "preference",
     "srpo": "preference",
     "sem_dpo": "preference",
+    "ofs_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",
 }

@@ -3,6 +3,7 @@
 from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from papertrl.catalogue import METHODS
@@ -59,6 +60,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "irpo": {},
     "srpo": {},
     "sem_dpo": {"sem_encoder": "characters"},
+    "ofs_dpo": {"ofs_chasing_interval": 2},
     "asft": {},
     "implicit_reward_sft": {},
 }
@@ -118,6 +120,11 @@ def settings(family: str, output_dir, **values) -> dict[str, Any]:
     return {"output_dir": str(output_dir), "max_steps": 3} | COMMON | ours | values
 
 
+# Settings that, unless they are None, need an adapter
+NEEDS_ADAPTER = ("ofs_alpha",)
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
+
+
 def build(trainer_class: type, family: str, model: str, args, **kwargs):
     reward = kwargs.pop("reward", digit_parity)
     # TRL's config leaves a method its default
@@ -125,6 +132,8 @@ def build(trainer_class: type, family: str, model: str, args, **kwargs):
     iterations = getattr(args, "online_iterations", getattr(defaults, "online_iterations", 0))
     if family == "preference" and iterations > 0:
         kwargs["reward_funcs"] = reward
+    if any(getattr(args, name, getattr(defaults, name, None)) is not None for name in NEEDS_ADAPTER):
+        kwargs.setdefault("peft_config", LORA)
     positional = {"policy": [[reward]], "preference": [None], "supervised": []}[family]
     return trainer_class(model, *positional, args, train_dataset=kwargs.pop("data", dataset(family)), **kwargs)
 

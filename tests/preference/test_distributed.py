@@ -15,6 +15,13 @@ from papertrl import (
     HypoDPOTrainer,
     IrpoDPOTrainer,
     LnDPOTrainer,
+from datasets import disable_progress_bars
+from peft import LoraConfig
+
+from papertrl import (
+    HypoDPOTrainer,
+    LnDPOTrainer,
+    OfsDPOTrainer,
     PreferenceTrainer,
     RpoDPOTrainer,
     SemDPOTrainer,
@@ -35,6 +42,12 @@ LISTS = Dataset.from_dict(
         "relevance": [[1, 0], [0, 2, 1], [1], [0, 0]] * 4,
     }
 )
+CHASE = {
+    "ofs_alpha": 0.4,
+    "ofs_chasing_interval": 1,
+    "gradient_accumulation_steps": 2,
+    "peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+}
 RUNS = {
     "dpo": (PreferenceTrainer, {"loss_type": ["sigmoid", "hinge"]}),
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
@@ -42,6 +55,8 @@ RUNS = {
     "drift": (DriftDPOTrainer, {**ROUNDS, "dataset": pairs().add_column("feedback", ["low"] * 16)}),
     "sem_dpo": (SemDPOTrainer, {"sem_encoder": "characters", "sem_alpha": 2.0, "sem_normalize": True}),
     "irpo": (IrpoDPOTrainer, {"dataset": LISTS}),
+    "ofs_dpo": (OfsDPOTrainer, CHASE),
+    "hypo_ofs_dpo": (compose(HypoDPOTrainer, OfsDPOTrainer), {**CHASE, **ONLINE}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
 
@@ -61,7 +76,8 @@ def train(tiny_path: str, out: str, world: int) -> None:
             max_grad_norm=0.0,
             **options,
         )
-        start = weights(trainer)
+        trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+        start = {n: w for n, w in weights(trainer).items() if n in trained}
         trainer.train()
         rows = [{k: v for k, v in row.items() if k != "total_flos"} for row in history(trainer)]
         results[name] = {"start": start, "end": weights(trainer), "history": rows}

@@ -39,6 +39,8 @@ class PreferenceRecord:
             Load-balancing loss of a mixture of experts, with gradient.
         samples (`dict[str, SampledCompletions]`):
             What methods sampled before the policy's pass, by method name.
+        margins (`torch.Tensor` of shape `(pairs,)`, *optional*):
+            Δ of every pair, with gradient; set after the stage *margin*.
         extras (`dict[str, torch.Tensor]`):
             What methods made of further dataset columns in the stage *collate*, one entry per pair.
         exchanged (`bool`):
@@ -62,6 +64,7 @@ class PreferenceRecord:
     log_sum_sq_probs: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     samples: dict[str, SampledCompletions] = field(default_factory=dict)
+    margins: torch.Tensor | None = None
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     exchanged: bool = False
 
@@ -110,6 +113,10 @@ class PreferenceRecord:
         rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
         rows = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
         return replace(self, **rows, exchanged=not self.exchanged)
+        no_rows = ("aux_loss", "samples", "margins", "extras")
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in no_rows}
+        exchanged = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
+        return replace(self, **exchanged, margins=None if self.margins is None else -self.margins)
 
     @property
     def shift_completion_mask(self) -> torch.Tensor:
