@@ -52,6 +52,9 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
+    "drift": {"online_max_new_tokens": 4, "online_num_prompts": 8},
+    "rlhf_workflow": {"online_iterations": 2, "online_num_samples": 4, "online_max_new_tokens": 6},
+    "xpo": {"online_iterations": 2, "online_max_new_tokens": 6, "xpo_alpha": [0.01, 0.005]},
     "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
@@ -89,7 +92,12 @@ def dataset(family: str) -> Dataset:
         return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
         return Dataset.from_dict(
-            {"prompt": prompts, "chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
+            {
+                "prompt": prompts,
+                "chosen": [f"{2 * i + 1}" for i in numbers],
+                "rejected": [f"{3 * i}" for i in numbers],
+                "feedback": ["high" if i else "low" for i in numbers],
+            }
         )
     return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]})
 

@@ -9,17 +9,27 @@ import pytest
 import torch
 from datasets import disable_progress_bars
 
-from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, SemDPOTrainer, compose
+from papertrl import (
+    DriftDPOTrainer,
+    HypoDPOTrainer,
+    LnDPOTrainer,
+    PreferenceTrainer,
+    RpoDPOTrainer,
+    SemDPOTrainer,
+    compose,
+)
 from papertrl.tiny import tiny_tokenizer
 
-from .common import history, make_trainer, weights
+from .common import history, make_trainer, pairs, weights
 
 TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
 ONLINE = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
+ROUNDS = {"online_iterations": 2, "online_max_new_tokens": 4, "online_num_prompts": 8}
 RUNS = {
     "dpo": (PreferenceTrainer, {"loss_type": ["sigmoid", "hinge"]}),
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
     "hypo": (HypoDPOTrainer, ONLINE),
+    "drift": (DriftDPOTrainer, {**ROUNDS, "dataset": pairs().add_column("feedback", ["low"] * 16)}),
     "sem_dpo": (SemDPOTrainer, {"sem_encoder": "characters", "sem_alpha": 2.0, "sem_normalize": True}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
