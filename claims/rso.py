@@ -35,12 +35,14 @@ CLAIM = Claim(
     start=Start(steps=800),
     settings={
         "per_device_train_batch_size": 64,
-        "max_steps": 80,
-        "learning_rate": 1e-4,
-        "online_num_prompts": 128,
+        "max_steps": 60,
+        "learning_rate": 5e-5,
+        "online_num_prompts": 256,
         "online_max_new_tokens": 10,
         "online_batch_size": 640,
-        "online_num_samples": 64,
+        "online_num_samples": 32,
+        "online_temperature": 1.0,
+        "online_top_k": 0,
         "beta": 0.1,
     },
     arms={
@@ -56,7 +58,7 @@ CLAIM = Claim(
     tune_on=REWARD,
     measures=(gold_reward, sampled_accuracy),
     rewards=(places,),
-    evaluations=4,
+    evaluations=3,
     held_out=128,
     logs=("online/rso_acceptance", "online/pairs"),
 )

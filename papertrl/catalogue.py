@@ -26,6 +26,7 @@ METHODS: dict[str, str] = {
     "rlhf_workflow": "preference",
     "xpo": "preference",
     "rso": "preference",
+    "upo": "preference",
     "sem_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",

@@ -1,6 +1,6 @@
-"""A classifier of preference pairs whose dropout stays on: how sure it is of a label shows in how its passes differ."""
+"""A classifier of preference pairs whose dropout stays on: its passes differ where it is not sure of a label."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,6 +35,7 @@ class PairClassifier(nn.Module):
     def __init__(self, backbone: PreTrainedModel, dropout: float):
         super().__init__()
         self.backbone = backbone.requires_grad_(True)
+        self.backbone.config.use_cache = False
         self.dropout = nn.Dropout(dropout)
         width = backbone.get_input_embeddings().embedding_dim
         self.head = nn.Linear(width, 2, device=backbone.device, dtype=backbone.dtype)
@@ -42,9 +43,9 @@ class PairClassifier(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(rows, 2)` for right-padded rows."""
         embeddings = self.dropout(self.backbone.get_input_embeddings()(input_ids))
-        states = self.backbone(inputs_embeds=embeddings, attention_mask=attention_mask, use_cache=False)
+        states = self.backbone(inputs_embeds=embeddings, attention_mask=attention_mask).last_hidden_state
         last = attention_mask.sum(1) - 1
-        state = states.last_hidden_state[torch.arange(len(last), device=last.device), last]
+        state = states[torch.arange(len(last), device=last.device), last]
         return self.head(self.dropout(state)).float()
 
     def rows(self, pairs: Sequence[TokenizedPair], chosen_first: Sequence[bool]) -> dict[str, torch.Tensor]:
@@ -59,15 +60,12 @@ class PairClassifier(nn.Module):
 
 
 def fit(
-    classifier: PairClassifier,
-    pairs: Sequence[TokenizedPair],
-    epochs: int,
-    learning_rate: float,
-    batch_size: int,
-    seed: int,
+    classifier: PairClassifier, pairs: Sequence[TokenizedPair], epochs: int, learning_rate: float, batch_size: int
 ) -> float:
     """
     Train on labeled pairs: cross-entropy, the chosen completion in the first or the second place at random.
+
+    Order, places and dropout come from PyTorch's global generators.
 
     Args:
         classifier ([`PairClassifier`]):
@@ -76,39 +74,36 @@ def fit(
             Pairs as they are labeled.
         epochs (`int`), learning_rate (`float`), batch_size (`int`):
             Of AdamW, at a constant rate.
-        seed (`int`):
-            Of order, places and dropout. Global generators stay as they are.
 
     Returns:
         `float`: mean loss of the last epoch, in nats.
     """
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=learning_rate)
     classifier.train()
-    with seeded(classifier, seed):
-        for _ in range(epochs):
-            losses = []
-            for places in torch.randperm(len(pairs)).split(batch_size):
-                batch = [pairs[i] for i in places.tolist()]
-                second = torch.randint(2, (len(batch),))
-                logits = classifier(**classifier.rows(batch, (second == 0).tolist()))
-                loss = F.cross_entropy(logits, second.to(logits.device))
-                loss.backward()
-                nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
-                optimizer.step()
-                optimizer.zero_grad()
-                losses.append(loss.detach())
+    for _ in range(epochs):
+        losses = []
+        for places in torch.randperm(len(pairs)).split(batch_size):
+            batch = [pairs[i] for i in places.tolist()]
+            second = torch.randint(2, (len(batch),))
+            logits = classifier(**classifier.rows(batch, (second == 0).tolist()))
+            loss = F.cross_entropy(logits, second.to(logits.device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(classifier.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.detach())
     return torch.stack(losses).mean().item()
 
 
 @torch.no_grad()
 def label_probabilities(
-    classifier: PairClassifier, pairs: Sequence[TokenizedPair], passes: int, batch_size: int, seed: int
+    classifier: PairClassifier, pairs: Sequence[TokenizedPair], passes: int, batch_size: int
 ) -> torch.Tensor:
     """
     Monte-Carlo-dropout probabilities that each pair's chosen completion is the better one.
 
-    Each is the mean over both orders of the two completions, so that a preference for a place cancels. Dropout is on,
-    with a mask of its own for each pass, pair and order.
+    Each is the mean over both orders of the two completions, so that a preference for a place cancels. Dropout is on
+    and comes from PyTorch's global generators, with a mask of its own for each pass, pair and order.
 
     Args:
         classifier ([`PairClassifier`]):
@@ -119,8 +114,6 @@ def label_probabilities(
             T.
         batch_size (`int`):
             Rows per forward.
-        seed (`int`):
-            Of dropout.
 
     Returns:
         `torch.Tensor` of shape `(passes, pairs)`, on the CPU.
@@ -129,14 +122,11 @@ def label_probabilities(
     lengths = [sum(map(len, pair)) for pair in pairs]
     order = sorted(range(len(pairs)), key=lengths.__getitem__)
     probabilities = torch.empty(passes, len(pairs))
-    with seeded(classifier, seed):
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            batch = [pairs[i] for i in places]
-            for t in range(passes):
-                chosen = [
-                    classifier(**classifier.rows(batch, [first] * len(batch))).softmax(1)[:, 0 if first else 1]
-                    for first in (True, False)
-                ]
-                probabilities[t, places] = torch.stack(chosen).mean(0).cpu()
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch = [pairs[i] for i in places]
+        first, second = (classifier.rows(batch, [chosen_first] * len(batch)) for chosen_first in (True, False))
+        for t in range(passes):
+            in_first, in_second = classifier(**first).softmax(1)[:, 0], classifier(**second).softmax(1)[:, 1]
+            probabilities[t, places] = ((in_first + in_second) / 2).cpu()
     return probabilities

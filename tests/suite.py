@@ -56,6 +56,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "rlhf_workflow": {"online_iterations": 2, "online_num_samples": 4, "online_max_new_tokens": 6},
     "xpo": {"online_iterations": 2, "online_max_new_tokens": 6, "xpo_alpha": [0.01, 0.005]},
     "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
+    "upo": {"online_iterations": 1, "online_max_new_tokens": 6, "upo_estimator_learning_rate": 1e-3},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
     "implicit_reward_sft": {},
