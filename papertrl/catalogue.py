@@ -28,6 +28,7 @@ METHODS: dict[str, str] = {
     "rso": "preference",
     "irpo": "preference",
     "srpo": "preference",
+    "upo": "preference",
     "sem_dpo": "preference",
     "ofs_dpo": "preference",
     "asft": "supervised",

@@ -59,6 +59,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
     "irpo": {},
     "srpo": {},
+    "upo": {"online_iterations": 1, "online_max_new_tokens": 6, "upo_estimator_learning_rate": 1e-3},
     "sem_dpo": {"sem_encoder": "characters"},
     "ofs_dpo": {"ofs_chasing_interval": 2},
     "asft": {},

@@ -100,21 +100,61 @@ def smoothing_alpha(
     return 1 / (1 + count * probabilities)
 
 
-def normalized_nll(
-    nll: Float[Tensor, " pairs"], reward: Float[Tensor, " pairs"], smallest: float = 0.1
-) -> Float[Tensor, " pairs"]:
+@torch.no_grad()
+def draw_pairs(
+    uncertainty: Float[Tensor, " pairs"],
+    eligible: Bool[Tensor, " pairs"],
+    mu: float,
+    rate: float,
+    hard_rate: float,
+    generator: torch.Generator,
+) -> tuple[Shaped[Tensor, " easy"], Shaped[Tensor, " hard"]]:
     """
-    −log π_θ(y_w|x) / |r(x, y_w)|, the term that keeps chosen completions likely.
+    Draw certain pairs by [`selection_probabilities`], and of the rest uncertain ones in proportion to B.
 
-    Source: arXiv:2409.11212, whose text has log π with a positive sign; a likelihood that is to stay high needs the
-    negative one.
+    Source: arXiv:2409.11212 and the authors' code, without replacement.
 
     Args:
-        nll (`torch.Tensor` of shape `(pairs,)`):
-            −log π_θ(y_w|x), summed over tokens, in nats and with gradient.
-        reward (`torch.Tensor` of shape `(pairs,)`):
-            r of the chosen completions.
-        smallest (`float`, *optional*, defaults to `0.1`):
-            What |r| counts for at least, so that a reward near 0 does not blow up the term.
+        uncertainty, eligible (`torch.Tensor` of shape `(pairs,)`):
+            B, and whose label the majority shares. Others are never drawn.
+        mu (`float`):
+            μ.
+        rate (`float`), hard_rate (`float`):
+            Shares of the eligible pairs to draw, rounded; where there are not as many left, all of them. At least one
+            certain pair is drawn if there is an eligible one.
+        generator (`torch.Generator`):
+            On the tensors' device.
+
+    Returns:
+        Places of certain and of uncertain pairs, in the order of drawing.
     """
-    return nll / reward.abs().clamp(min=smallest)
+
+    def draw(weights: Tensor, share: float, least: int) -> Tensor:
+        count = min(max(least, round(share * int(eligible.sum()))), int((weights > 0).sum()))
+        if count == 0:
+            return torch.empty(0, dtype=torch.long, device=weights.device)
+        return torch.multinomial(weights, count, generator=generator)
+
+    easy = draw(selection_probabilities(uncertainty, eligible, mu), rate, 1)
+    left = eligible.index_fill(0, easy, False)
+    return easy, draw(uncertainty * left, hard_rate, 0)
+
+
+def halves(scores: list[float]) -> list[tuple[int, int]]:
+    """
+    Pairs of a prompt's responses: each of the upper half of scores as chosen, each of the lower half as rejected.
+
+    Source: arXiv:2409.11212. With an odd number of responses, the middle one is in neither half. Pairs of equal scores
+    are left out.
+
+    Args:
+        scores (`list[float]`):
+            Without NaN.
+
+    Returns:
+        `list[tuple[int, int]]`: places of chosen and rejected.
+    """
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])
+    half = len(order) // 2
+    upper, lower = order[:half], order[len(order) - half :]
+    return [(chosen, rejected) for chosen in upper for rejected in lower if scores[chosen] > scores[rejected]]
