@@ -52,7 +52,7 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
-    "drift": {"online_max_new_tokens": 4, "online_num_prompts": 8},
+    "drift": {"online_iterations": 1, "online_max_new_tokens": 4, "online_num_prompts": 8},
     "sem_dpo": {"sem_encoder": "characters"},
     "asft": {},
     "implicit_reward_sft": {},
