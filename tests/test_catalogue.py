@@ -48,6 +48,9 @@ INCOMPATIBLE = {
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
     ("constrained_rlhf", "two_stage_math"): ("combine_rewards", {"constraint_thresholds": None}),
     ("dynamic_reward_weighting", "two_stage_math"): ("combine_rewards", {"reward_weighting": "none"}),
+    ("drift", "rlhf_workflow"): ("pair", {"online_iterations": 0}),
+    ("drift", "rso"): ("pair", {"rso_pairing": "none"}),
+    ("rlhf_workflow", "rso"): ("pair", {"rso_pairing": "none"}),
 }
 
 
@@ -215,7 +218,7 @@ def test_incompatible_pair_is_refused(pair, request, tmp_path):
     message = f"'{pair[0]}' and '{pair[1]}'.*stage '{stage}'.*{field}={value!r}"
     with pytest.raises(ValueError, match=message):
         build(trainer_class, trainer_class.family, model, active_config(trainer_class, list(pair), tmp_path))
-    args = active_config(trainer_class, list(pair), tmp_path, **resolution, max_steps=1)
+    args = active_config(trainer_class, list(pair), tmp_path, **resolution, max_steps=2)
     build(trainer_class, trainer_class.family, model, args).train()
 
 
@@ -268,7 +271,7 @@ def test_compose_refuses_what_does_not_combine():
 def test_resume_refuses_other_methods_and_damage(name, request, tmp_path):
     family = METHODS[name]
     trainer_class = load_trainer(name)
-    args = active_config(trainer_class, [name], tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    args = active_config(trainer_class, [name], tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trainer = build(trainer_class, family, model_path(family, request), args)
     trainer.train()
     checkpoint = tmp_path / "checkpoint-1"

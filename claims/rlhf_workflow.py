@@ -1,0 +1,68 @@
+"""RLHF Workflow: pairs of the current policy's own completions go further than pairs sampled once."""
+
+from statistics import fmean
+
+from ..evidence import Arm, Claim, Comparison, Metric, Probe
+
+TRUE = Metric("true_reward")
+LENGTH = Metric("length", "lower")
+
+
+def rewards(probe: Probe) -> dict[str, float]:
+    """`true_reward`, `proxy_reward` and `length` in tokens, of four samples per prompt."""
+    return {
+        "true_reward": fmean(probe.scores(samples=4, reward=probe.task.true_reward)),
+        "proxy_reward": fmean(probe.scores(samples=4, reward=probe.task.proxy_reward)),
+        "length": fmean(map(len, probe.completions(samples=4))),
+    }
+
+
+CLAIM = Claim(
+    method="rlhf_workflow",
+    statement="DPO on pairs that are sampled from the current policy and judged anew in each iteration goes further "
+    "than DPO on pairs that were made once; a penalty on length in their selection keeps answers short.",
+    figures="Length-controlled AlpacaEval 12.5 (SFT) to 30.9, against 22.9 of Llama-3-8B-Instruct; MATH 41.1, 43.0, "
+    "43.8, 44.4 over three iterations (repository)",
+    check="Words that must contain a marker; completions are judged by a proxy that overvalues length. Three "
+    "iterations of best against worst of eight, against pairs of the start model, as many steps on as many pairs. "
+    "Measured is the true reward of samples, with their length beside it.",
+    task="marker",
+    task_kwargs={"train_on": "proxy", "letters": 4, "max_length": 10},
+    settings={
+        "per_device_train_batch_size": 64,
+        "max_steps": 120,
+        "learning_rate": 2e-4,
+        "beta": 0.3,
+        "online_num_samples": 8,
+        "online_max_new_tokens": 11,
+        "online_batch_size": 512,
+        "max_length": 32,
+    },
+    arms={
+        "once": Arm(
+            methods=("rlhf_workflow",),
+            settings={"online_iterations": 1, "online_num_prompts": 1800},
+            note="pairs sampled from the start model",
+        ),
+        "three iterations": Arm(
+            methods=("rlhf_workflow",), settings={"online_iterations": 3, "online_num_prompts": 600}
+        ),
+        "three iterations, length penalty": Arm(
+            methods=("rlhf_workflow",),
+            settings={
+                "online_iterations": 3,
+                "online_num_prompts": 600,
+                "rlhf_choose_type": "max_min_p",
+                "rlhf_length_penalty": 0.1,
+            },
+            note="λ = 0.1 for each token",
+        ),
+    },
+    comparisons=(
+        Comparison("three iterations", "once", TRUE, 0.03),
+        Comparison("three iterations, length penalty", "three iterations", LENGTH, 0.5, guards={TRUE: 0.03}),
+    ),
+    tune_on=TRUE,
+    measures=(rewards,),
+    evaluations=6,
+)
