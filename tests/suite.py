@@ -96,15 +96,8 @@ def dataset(family: str) -> Dataset:
         columns = {"hints": hints, "hint": [ladder[-1] for ladder in hints]}
         return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
-        return Dataset.from_dict(
-            {
-                "prompt": prompts,
-                "chosen": [f"{2 * i + 1}" for i in numbers],
-                "rejected": [f"{3 * i}" for i in numbers],
-                "feedback": ["high" if i else "low" for i in numbers],
-            }
-        )
         columns = {"chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
+        columns["feedback"] = ["high" if i else "low" for i in numbers]
         lists = {"completions": [[f"{i}", f"{2 * i + 1}", f"{3 * i}"][: 2 + i % 2] for i in numbers]}
         lists["relevance"] = [[1, 2, 0][: 2 + i % 2] for i in numbers]
         return Dataset.from_dict({"prompt": prompts} | columns | lists)

@@ -109,14 +109,11 @@ class PreferenceRecord:
 
     def flipped(self) -> "PreferenceRecord":
         """The same pairs with chosen and rejected exchanged; `extras` and `samples` stay."""
-        stays = ("aux_loss", "samples", "extras", "exchanged")
+        stays = ("aux_loss", "samples", "margins", "extras", "exchanged")
         rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
-        rows = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
-        return replace(self, **rows, exchanged=not self.exchanged)
-        no_rows = ("aux_loss", "samples", "margins", "extras")
-        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in no_rows}
         exchanged = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
-        return replace(self, **exchanged, margins=None if self.margins is None else -self.margins)
+        margins = None if self.margins is None else -self.margins
+        return replace(self, **exchanged, margins=margins, exchanged=not self.exchanged)
 
     @property
     def shift_completion_mask(self) -> torch.Tensor:
