@@ -35,7 +35,7 @@ class MarkerTask(ProceduralTask):
         proxy_bias (`float`, *optional*, defaults to `0.1`):
             What the proxy reward gives for each letter.
         train_on (`str`, *optional*, defaults to `"true"`):
-            Which of the two [`reward`] is: `"true"` or `"proxy"`.
+            Which of the two [`reward`] is, and by which preference pairs are labeled: `"true"` or `"proxy"`.
         label_noise (`float`, *optional*, defaults to `0.0`):
             Share of the preference pairs in which the worse completion is the chosen one.
         longer_share (`float`, *optional*):
@@ -104,7 +104,7 @@ class MarkerTask(ProceduralTask):
         """
         Pairs of completions of the start policy's kind for the problems, as `prompt`, `chosen` and `rejected`.
 
-        The chosen one has the higher true reward, but for a share of `label_noise`. The same problems give the same
+        The chosen one has the higher [`reward`], but for a share of `label_noise`. The same problems give the same
         pairs.
         """
         prompts = list(problems["prompt"])
@@ -117,7 +117,7 @@ class MarkerTask(ProceduralTask):
         longer = None if self.longer_share is None else rng.random() < self.longer_share
         while True:
             pair = [self._write(prompt, rng, rng.random() < 0.5, self.max_length) for _ in range(2)]
-            rewards = self.true_reward([prompt] * 2, pair)
+            rewards = self.reward([prompt] * 2, pair)
             if rewards[0] == rewards[1] or any(text[0] not in self.covered for text in pair):
                 continue
             better = int(rewards[1] > rewards[0])
