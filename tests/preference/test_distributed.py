@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 
 from papertrl import (
     DriftDPOTrainer,
     HypoDPOTrainer,
-    HypoDPOTrainer,
     IrpoDPOTrainer,
-    LnDPOTrainer,
-from datasets import disable_progress_bars
-from peft import LoraConfig
-
-from papertrl import (
-    HypoDPOTrainer,
     LnDPOTrainer,
     OfsDPOTrainer,
     PreferenceTrainer,
