@@ -98,7 +98,7 @@ def results(tiny_path, tmp_path_factory):
                     subprocess.Popen(command, env=environment | ranks, cwd=folder, stdout=file, stderr=file)
                 )
         train(tiny_path, str(folder / "one"), world=1)
-        codes = [worker.wait(timeout=150) for worker in workers]
+        codes = [worker.wait(timeout=400) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
