@@ -38,7 +38,8 @@ class RewardScorer:
             Rows per forward of a model.
 
     Raises:
-        `ValueError`: if there are not as many `weights` or `processing_classes` as functions.
+        `ValueError`: if there are not as many `weights` or `processing_classes` as functions, or a model cannot be
+            loaded.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class RewardScorer:
         self.score_by: list[Scorer] = []
         for func, tokenizer in zip(funcs, tokenizers, strict=True):
             if isinstance(func, str):
-                func = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1)
+                func = _load_reward_model(func)
             if isinstance(func, nn.Module):
                 name = get_config_model_id(func.config)
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
@@ -121,6 +122,15 @@ class RewardScorer:
             candidate.rewards = dict(zip(self.names, given, strict=True))
             counted = [w * r for w, r in zip(self.weights, given, strict=True) if not math.isnan(r)]
             candidate.score = sum(counted) if counted else math.nan
+
+
+def _load_reward_model(name: str) -> nn.Module:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`reward_funcs`: reward model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def _function_scorer(func: Callable) -> Scorer:
