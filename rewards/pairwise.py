@@ -152,7 +152,7 @@ def pairwise_dataset(
 
     >>> pairs = Dataset.from_dict({"prompt": ["1+1="], "chosen": ["2"], "rejected": ["3"]})
     >>> pairwise_dataset(pairs)[0]
-    {'prompt': '[CONTEXT] 1+1= [RESPONSE A] 3 [RESPONSE B] 2 \\n', 'completion': 'B'}
+    {'prompt': '[CONTEXT] 1+1= [RESPONSE A] 2 [RESPONSE B] 3 \\n', 'completion': 'A'}
 
     ```
     """
