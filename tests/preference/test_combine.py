@@ -105,7 +105,7 @@ def test_loss_is_that_of_the_trainer(tiny_path, tokenizer, adapters, tmp_path):
     trainer.model.load_adapter(adapters[0], "default")
     loss = trainer.compute_loss(trainer.model, first_batch(trainer)).item()
     assert sizes[0].losses == [pytest.approx(loss, rel=1e-4)]
-    assert abs(loss - 0.6931) > 0.01
+    assert abs(loss - 0.6931) > 1e-3
 
 
 def test_two_domains_end_to_end(tiny_path, tokenizer, tmp_path):
@@ -123,9 +123,9 @@ def test_two_domains_end_to_end(tiny_path, tokenizer, tmp_path):
         trainer.train()
         trainer.save_model()
         folders.append(trainer.args.output_dir)
-    options = {"memory_size": 4, "beta": 0.5, "steps": 25, "learning_rate": 0.1}
+    options = {"memory_size": 4, "beta": 0.5, "steps": 12, "learning_rate": 0.2}
     both = combine_domains(tiny_path, folders, domains, tokenizer, tmp_path / "both", **options)
-    assert len(both.losses) == 26 and min(both.losses) < both.losses[0] - 0.02
+    assert len(both.losses) == 13 and min(both.losses) < both.losses[0] - 0.02
     alone = [
         fit_weights(
             PeftModel.from_pretrained(
