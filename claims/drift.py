@@ -39,7 +39,7 @@ CLAIM = Claim(
     "the policy as the rejected answer and is the same otherwise.",
     task="addition",
     task_kwargs={"feedback_share": 0.3},
-    settings={"per_device_train_batch_size": 64, "max_steps": 60, "learning_rate": 3e-4, "beta": 0.1},
+    settings={"per_device_train_batch_size": 64, "max_steps": 60, "learning_rate": 5e-5, "beta": 0.1},
     arms={
         "DRIFT": Arm(methods=("drift",), settings=DRIFT),
         "fresh negatives": Arm(methods=("drift",), settings=DRIFT, control=fresh_negatives),

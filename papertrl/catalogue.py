@@ -26,8 +26,11 @@ METHODS: dict[str, str] = {
     "rlhf_workflow": "preference",
     "xpo": "preference",
     "rso": "preference",
+    "irpo": "preference",
+    "srpo": "preference",
     "upo": "preference",
     "sem_dpo": "preference",
+    "ofs_dpo": "preference",
     "asft": "supervised",
     "implicit_reward_sft": "supervised",
 }
@@ -87,6 +90,7 @@ def load_trainer(name: str) -> type:
 def exports() -> dict[str, str]:
     """Public names of the package and the module that defines each."""
     names = {"compose": "papertrl.trainers.method", "METHODS": "papertrl.catalogue"}
+    names["revise"] = "papertrl.samplers.revision"
     for family, base in BASES.items():
         module = f"papertrl.trainers.{family}.base"
         names |= {base: module, base.replace("Trainer", "Config"): module}

@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -87,6 +88,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
             args=args,
             train_dataset=claim.training_rows(task, seed),
             processing_class=AutoTokenizer.from_pretrained(start_path),
+            **deepcopy(dict(claim.trainer_kwargs)),
             **({"reward_funcs": list(claim.rewards) or [task.reward]} if judged else {}),
         )
         trainer.remove_callback(PrinterCallback)

@@ -38,7 +38,10 @@ def varied(completions, **kwargs):
 
 def make(tiny_path, tokenizer, tmp_path, **options):
     options = {"dataset": prompts(), "reward_funcs": varied, **ONLINE, **options}
-    return make_trainer(RlhfWorkflowDPOTrainer, tiny_path, tokenizer, tmp_path, **options)
+    trainer = make_trainer(RlhfWorkflowDPOTrainer, tiny_path, tokenizer, tmp_path, **options)
+    # For stages that are called without a round
+    trainer._round_metrics = {}
+    return trainer
 
 
 # --- Selection --------------------------------------------------------------------------------------------------
@@ -129,10 +132,13 @@ def test_pairs_and_metrics_of_a_round(tiny_path, tokenizer, tmp_path):
         (0, "0", "1"),
         (2, "2", "0"),
     ]
-    logged = {name: values[-1] for name, values in trainer._metrics["train"].items()}
-    assert logged["online/rlhf_dropped_share"] == 0.5
-    assert logged["online/rlhf_reward_gap"] == pytest.approx(((1 - 2) + (5 - 3)) / 2)
-    assert logged["online/rlhf_length_gap"] == pytest.approx(((2 - 9) + (2 - 4)) / 2)
+    assert trainer._round_metrics == pytest.approx(
+        {
+            "rlhf_dropped_share": 0.5,
+            "rlhf_reward_gap": ((1 - 2) + (5 - 3)) / 2,
+            "rlhf_length_gap": ((2 - 9) + (2 - 4)) / 2,
+        }
+    )
 
 
 @pytest.mark.parametrize(("choose_type", "penalty"), [("max_min", 0.0), ("max_max", 0.0), ("max_min_p", 0.7)])

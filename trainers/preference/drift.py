@@ -158,6 +158,10 @@ class DriftDPOTrainer(PreferenceTrainer):
     def needs_scores(cls, args: Any) -> bool:
         return False
 
+    @classmethod
+    def dataset_formats(cls, args: Any) -> tuple[str, ...]:
+        return ("feedback",) if args.online_iterations > 0 else super().dataset_formats(args)
+
     def check_online(self, dataset, reward_funcs, judge):
         super().check_online(dataset, reward_funcs, judge)
         missing = {"rejected", "feedback"} - set(dataset.column_names) if self.args.online_iterations > 0 else ()

@@ -39,8 +39,13 @@ class PreferenceRecord:
             Load-balancing loss of a mixture of experts, with gradient.
         samples (`dict[str, SampledCompletions]`):
             What methods sampled before the policy's pass, by method name.
+        margins (`torch.Tensor` of shape `(pairs,)`, *optional*):
+            Δ of every pair, with gradient; set after the stage *margin*.
         extras (`dict[str, torch.Tensor]`):
             What methods made of further dataset columns in the stage *collate*, one entry per pair.
+        exchanged (`bool`):
+            Whether chosen and rejected are exchanged against the data, as [`flipped`] does for smoothed losses:
+            `extras` and `samples` are as they were.
 
     Raises:
         `ValueError`: if a tensor breaks the contract; the message names it.
@@ -59,7 +64,9 @@ class PreferenceRecord:
     log_sum_sq_probs: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     samples: dict[str, SampledCompletions] = field(default_factory=dict)
+    margins: torch.Tensor | None = None
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
+    exchanged: bool = False
 
     def __post_init__(self):
         rows, length = self.input_ids.shape
@@ -102,8 +109,11 @@ class PreferenceRecord:
 
     def flipped(self) -> "PreferenceRecord":
         """The same pairs with chosen and rejected exchanged; `extras` and `samples` stay."""
-        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("aux_loss", "samples", "extras")}
-        return replace(self, **{name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None})
+        stays = ("aux_loss", "samples", "margins", "extras", "exchanged")
+        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
+        exchanged = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
+        margins = None if self.margins is None else -self.margins
+        return replace(self, **exchanged, margins=margins, exchanged=not self.exchanged)
 
     @property
     def shift_completion_mask(self) -> torch.Tensor:

@@ -47,8 +47,8 @@ class XpoDPOConfig(PreferenceConfig):
 
     def validate(self) -> None:
         super().validate()
-        if isinstance(self.xpo_alpha, int | float):
-            self.xpo_alpha = [float(self.xpo_alpha)]
+        values = self.xpo_alpha if isinstance(self.xpo_alpha, list) else [self.xpo_alpha]
+        self.xpo_alpha = [float(alpha) for alpha in values]
         if not self.xpo_alpha or not all(0 <= alpha < float("inf") for alpha in self.xpo_alpha):
             raise ValueError(f"`xpo_alpha` must be numbers in [0, inf), at least one, got {self.xpo_alpha!r}.")
 
@@ -141,10 +141,14 @@ class XpoDPOTrainer(PreferenceTrainer):
             }"""),  # noqa: E501
     }
 
-    @classmethod
-    def needed_columns(cls, args: Any) -> list[str]:
-        offline = args.online_iterations > 0 and args.xpo_sampler == "offline"
-        return super().needed_columns(args) + (["chosen"] if offline else [])
+    def check_online(self, dataset: Any, *judges: Any) -> None:
+        super().check_online(dataset, *judges)
+        args = self.args
+        if args.online_iterations and args.xpo_sampler == "offline" and "chosen" not in dataset.column_names:
+            raise ValueError(
+                f"`xpo_sampler='offline'` needs the dataset column 'chosen', but the columns are "
+                f"{sorted(dataset.column_names)}."
+            )
 
     # --- Rounds -------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,83 @@
+"""SRPO: answers that the trained model revises, against DPO's answers."""
+
+import random
+from statistics import fmean
+
+import torch
+from datasets import Dataset
+
+from ..evidence import Arm, Claim, Comparison, Metric, Probe, Start
+from ..samplers.revision import revise
+from ..tasks import Task
+from ..tasks.sorting import bubble_sorted
+
+REVISIONS = 3
+TEMPLATE = "{answer}="
+REACHED = Metric("reached")
+ANSWER = Metric("answer")
+GAIN = Metric("gain")
+
+
+def attempts(task: Task, n: int, seed: int) -> Dataset:
+    """Pairs of two attempts at the same problem, of which the chosen one stopped the bubble sort later."""
+    rng = random.Random(seed)
+    rows = []
+    for prompt in task.generate(n, seed)["prompt"]:
+        stages = list(dict.fromkeys(bubble_sorted(prompt.removesuffix("="), k) for k in range(task.length)))
+        if len(stages) > 1:
+            worse, better = sorted(rng.sample(range(len(stages)), 2))
+            rows.append({"prompt": prompt, "chosen": stages[better], "rejected": stages[worse]})
+    return Dataset.from_list(rows)
+
+
+def revised(probe: Probe) -> dict[str, float]:
+    """
+    Share of right answers to held-out prompts, sampled (`answer`), and of such answers after one and three revisions
+    (`revision_1`, `revision_3`); `gain` is what the last revision has over the first answer, `reached` the better of
+    the two.
+    """
+    prompts, answers = list(probe.problems["prompt"]), list(probe.problems["answer"])
+    with torch.random.fork_rng():
+        drafts = revise(
+            probe.model,
+            probe.tokenizer,
+            prompts,
+            REVISIONS,
+            TEMPLATE,
+            max_new_tokens=probe.max_new_tokens,
+            seed=20_240_607,
+        )
+    right = [
+        fmean(probe.task.score(texts[k], answer) for texts, answer in zip(drafts, answers, strict=True))
+        for k in range(REVISIONS + 1)
+    ]
+    shares = {f"revision_{k}": right[k] for k in range(1, REVISIONS + 1)}
+    return {"answer": right[0], **shares, "gain": right[-1] - right[0], "reached": max(right[0], right[-1])}
+
+
+CLAIM = Claim(
+    method="srpo",
+    statement="Trained as its own improver, a model revises its answers at inference to better ones than DPO gives.",
+    figures="XSum out of distribution: win rate 90 % against human summaries after 5 revisions, 15 points above DPO",
+    check="Sorting; pairs are two attempts that stopped a bubble sort at different sweeps. Measured is the share of "
+    "right answers, sampled, of the better of a first answer and its third revision: DPO's model is asked to revise "
+    "as well.",
+    task="sorting",
+    data=attempts,
+    settings={"per_device_train_batch_size": 32, "max_steps": 100, "learning_rate": 3e-4},
+    arms={
+        "DPO": Arm(settings={"beta": 0.1}),
+        "SRPO": Arm(methods=("srpo",), settings={"beta": 0.1, "srpo_revision_template": TEMPLATE}),
+        "IPO": Arm(settings={"beta": 0.1, "loss_type": "ipo"}),
+    },
+    comparisons=(
+        Comparison("SRPO", "DPO", REACHED, 0.05),
+        Comparison("SRPO", "DPO", GAIN, 0.05),
+        Comparison("SRPO", "DPO", ANSWER, 0.02),
+        Comparison("SRPO", "IPO", REACHED, 0.05),
+    ),
+    tune_on=REACHED,
+    measures=(revised,),
+    start=Start(steps=600),
+    evaluations=5,
+)
