@@ -35,8 +35,8 @@ CLAIM = Claim(
     "teach more than self-generated negatives: these approach the chosen answers, and the gradient degenerates.",
     figures="WildBench +7.61 and AlpacaEval 2 +12.29 points over the base (14B), above iterative DPO and SPIN",
     check="Sums with carries. The rejected answers forget them, as the start model often does; the feedback says too "
-    "low or too high, after which the start model errs less. Two iterations of one epoch, as in the paper. The control takes a new sample of "
-    "the policy as the rejected answer and is the same otherwise.",
+    "low or too high, after which the start model errs less. Two iterations of one epoch, as in the paper. The "
+    "control takes a new sample of the policy as the rejected answer and is the same otherwise.",
     task="addition",
     task_kwargs={"feedback_share": 0.3},
     settings={"per_device_train_batch_size": 64, "max_steps": 40, "learning_rate": 1e-4, "beta": 0.1},
