@@ -51,6 +51,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ln_dpo": {"beta": 1.0},
     "rpo": {"rpo_aggregation": "sequence_mean"},
     "hypo": {"online_kl_coef": 0.05, "online_kl_num_samples": 2, "online_kl_max_new_tokens": 11},
+    "drift": {"online_num_samples": 1, "drift_text_template": "{prompt}{rejected} {feedback}:"},
+    "xpo": {"online_num_samples": 1, "xpo_alpha": [0.005, 0.002, 0.0]},
+    "rso": {"online_iterations": 1, "online_num_samples": 16, "rso_num_samples": 4, "rso_dedup": False},
+    "sem_dpo": {"sem_encoder": "characters"},
 }
 # Without a method: as a control, and with a stronger pull to the reference, which is the cheapest remedy
 PLAIN = {"DPO": Arm(), "DPO, β = 0.5": Arm(settings={"beta": 0.5}), "DPO, online": Arm(settings=ONLINE)}
@@ -87,7 +91,14 @@ def experiment(methods: tuple[str, ...]) -> OverOptimization:
         check="Words that must contain a marker, whose letters beyond four cost more than they are worth; the proxy "
         "pays for every letter.",
         task="marker",
-        task_kwargs={"train_on": "proxy", "letters": 6, "max_length": 10, "cost": 0.08, "proxy_bias": 0.13},
+        task_kwargs={
+            "train_on": "proxy",
+            "letters": 6,
+            "max_length": 10,
+            "cost": 0.08,
+            "proxy_bias": 0.13,
+            "feedback_share": 0.2,
+        },
         settings=SHARED,
         arms=arms,
         comparisons=tuple(Comparison(label, "DPO", TRUE, 0.0) for label in arms if label != "DPO"),
