@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from peft import LoraConfig
 
 from ..catalogue import METHODS, load_trainer
 from ..errors import UsageError
@@ -55,7 +56,25 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xpo": {"online_num_samples": 1, "xpo_alpha": [0.005, 0.002, 0.0]},
     "rso": {"online_iterations": 1, "online_num_samples": 16, "rso_num_samples": 4, "rso_dedup": False},
     "sem_dpo": {"sem_encoder": "characters"},
+    "irpo": {"irpo_layout": "separate"},
+    "srpo": {"srpo_revision_template": "{prompt}{answer}="},
+    "upo": {"upo_estimator_learning_rate": 1e-3},
+    "ofs_dpo": {"ofs_chasing_interval": 10, "learning_rate": 1e-3},
 }
+
+
+def with_adapter(trainer_class: type) -> type:
+    """The trainer on a LoRA of rank 8."""
+
+    class WithAdapter(trainer_class):
+        def __init__(self, *args, **kwargs):
+            adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            super().__init__(*args, peft_config=adapter, **kwargs)
+
+    return WithAdapter
+
+
+CONTROLS = {"ofs_dpo": with_adapter}
 # Without a method: as a control, and with a stronger pull to the reference, which is the cheapest remedy
 PLAIN = {"DPO": Arm(), "DPO, β = 0.5": Arm(settings={"beta": 0.5}), "DPO, online": Arm(settings=ONLINE)}
 MARKERS = "osD^v<>Pphd*X8"
@@ -82,7 +101,7 @@ def _study_of(methods: tuple[str, ...], *rest: Any) -> OverOptimizationStudy:
 
 def experiment(methods: tuple[str, ...]) -> OverOptimization:
     """The experiment with these methods beside plain DPO."""
-    arms = {**PLAIN, **{name: Arm((name,), _settings(name)) for name in methods}}
+    arms = {**PLAIN, **{name: Arm((name,), _settings(name), control=CONTROLS.get(name)) for name in methods}}
     return OverOptimization(
         method=NAME,
         statement="A policy that is trained on a proxy of what is wanted gains at first, then loses while the proxy "
