@@ -16,11 +16,11 @@ KEPT = Metric("kept")
 KL = Metric("kl", "lower")
 USUAL_RATE = 1e-3
 DPO_SEED = 20_250_630
-TAUGHT = "addition"
+TAUGHT = "sorting"
 
 
-def noisy_sums(task, problems, seed):
-    """Demonstrations of the first of two domains that the start model half knows, a fifth of them wrong."""
+def noisy_sorting(task, problems, seed):
+    """Demonstrations of one of two domains that the start model half knows, a fifth of them wrong."""
     taught = task.generate(2 * problems, seed).filter(lambda row: row["domain"] == TAUGHT)
     return task.supervised(taught.select(range(min(problems, len(taught)))), error_share=0.2, seed=seed)
 
@@ -82,15 +82,15 @@ CLAIM = Claim(
     "lower learning rate does, and a concave utility too: both leave a model that a DPO stage makes better.",
     figures="a lower rate: up to 25 % relative and 6 points absolute of win rate in instruction following; "
     "f-divergence SFT improves the model after DPO further (from the abstract)",
-    check="A model that half knows sums and sorting is tuned on 400 sums, a fifth of them wrong, at a rate usual for "
-    "its size and at a quarter of it, by SFT and by the Pearson utility of the sequence's reward (β = 0.5). The last "
-    "measurement trains a copy by DPO, alike for all arms, on 40 batches of clean pairs of sums. Measured are "
-    "accuracy on held-out sums after DPO, on sorting, which is not trained, before it, and the divergence from the "
-    "start.",
+    check="A model that half knows how to sort and how to walk an automaton is tuned on 400 sorted strings, a fifth "
+    "of them wrong, at a rate usual for its size and at a quarter of it, by SFT and by the Pearson utility of the "
+    "sequence's reward (β = 0.5). The last measurement trains a copy by DPO, alike for all arms, on 40 batches of "
+    "clean pairs of sorted strings. Measured are accuracy on held-out strings after DPO, and before it the accuracy "
+    "on the automaton, which is not trained, and the divergence from the start.",
     task="mixture",
-    task_kwargs={"weights": {"addition": 1.0, "sorting": 1.0}, "easy_share": 0.0},
-    start=Start(steps=1000, error_share=0.5),
-    data=noisy_sums,
+    task_kwargs={"weights": {"sorting": 1.0, "automaton": 1.0}, "easy_share": 0.0},
+    start=Start(steps=800, error_share=0.5),
+    data=noisy_sorting,
     train_problems=400,
     held_out=400,
     settings={"per_device_train_batch_size": 64, "max_steps": 100, "learning_rate": USUAL_RATE},
@@ -112,4 +112,9 @@ CLAIM = Claim(
     measures=(accuracies, kl_to_start, after_dpo),
     evaluations=1,
     logs=("implicit_reward/mean", "implicit_reward/slope"),
+    findings="Accuracy after DPO is higher than SFT's on every seed for both remedies and for both together, by less "
+    "than the margin can tell apart from noise. A first design, with noisy sums in place of sorted strings, "
+    "was measured on the same seeds 0 to 4: there all arms were within 0.02 of each other after DPO on "
+    "average, and Pearson's divergence was smaller than SFT's by 0.83 [-1.30, -0.36] nats. The task had "
+    "been replaced, for what development seeds showed, before that result was known.",
 )

@@ -49,4 +49,7 @@ CLAIM = Claim(
     start=Start(steps=1000, error_share=0.2),
     evaluations=5,
     logs=("sem_dpo/weight", "sem_dpo/distance"),
+    findings="Samples of Sem-DPO keep an overlap of 0.86 to 0.90, about that of the start model; DPO's falls to "
+    "between 0.66 and 0.77 on every seed, also at half the learning rate. Style is within 0.02 of DPO's on "
+    "four seeds and 0.09 below it on one, so that the guard leaves it open whether style is kept.",
 )

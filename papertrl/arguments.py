@@ -81,6 +81,16 @@ class JobArguments:
             "task's verifier."
         },
     )
+    reward_model: str | None = _flag(
+        None,
+        "Reward model that judges sampled completions: id or folder of a sequence classifier with one label. Adds to "
+        "`reward_funcs`, and stands in for the task's verifier.",
+    )
+    judge: str | None = _flag(
+        None,
+        "Pairwise judge of the online loop of preference methods, instead of rewards: id or folder of a language "
+        "model as `papertrl.rewards.pairwise` trains it, or the dotted path of a function.",
+    )
     gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
     start_model_steps: int = _flag(
         1600, "Supervised warm-up steps of the embedded tiny model, on the task's demonstrations."

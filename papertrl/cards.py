@@ -71,6 +71,7 @@ def model_card(
     model_id: str | None = None,
     space_id: str | None = None,
     completions_id: str | None = None,
+    rounds_id: str | None = None,
     evaluated: bool = True,
 ) -> str:
     """
@@ -83,8 +84,8 @@ def model_card(
             Output directory: which files there are decides what the card shows.
         model_id (`str`, *optional*):
             Hub id. Defaults to the folder's name.
-        space_id (`str`, *optional*), completions_id (`str`, *optional*):
-            Space and dataset that belong to the model.
+        space_id (`str`, *optional*), completions_id (`str`, *optional*), rounds_id (`str`, *optional*):
+            Space and datasets that belong to the model.
         evaluated (`bool`, *optional*, defaults to `True`):
             Whether to show what `evaluation.json` says.
     """
@@ -118,6 +119,7 @@ def model_card(
         example_prompt=json.dumps(examples[0]["prompt"] if examples else "Hello", ensure_ascii=False),
         space_id=space_id,
         completions_id=completions_id,
+        rounds_id=rounds_id,
         scores=scores,
         evaluation=evaluation,
         has_curves=(folder / CURVES_FILE).exists(),
@@ -246,6 +248,38 @@ def completions_card(run: dict[str, Any], rows: int, model_id: str) -> str:
         rows=rows,
         dataset=dataset,
         measure=run["scores"]["measure"] if run.get("scores") else "score",
+    )
+    return f"---\n{data.to_yaml()}\n---\n\n{body}"
+
+
+def rounds_card(run: dict[str, Any], rounds: list[dict[str, Any]], model_id: str) -> str:
+    """
+    Text of the card of the dataset of the online loop's rounds.
+
+    Args:
+        run (`dict`):
+            Content of `run.json`.
+        rounds (`list[dict]`):
+            Provenance of each, with its `name` and `tables`.
+        model_id (`str`):
+            Hub id of the model that was trained on them.
+    """
+    dataset, _ = dataset_of(run)
+    files = {
+        table: [{"split": r["name"], "path": f"{r['name']}/{table}.parquet"} for r in rounds if table in r["tables"]]
+        for table in ("pairs", "candidates")
+    }
+    data = DatasetCardData(
+        task_categories=["text-generation"],
+        tags=["trl", "papertrl", "preference", "synthetic", *(method["name"] for method in run["methods"])],
+        configs=[{"config_name": table, "data_files": split} for table, split in files.items() if split],
+    )
+    body = _template("rounds_card.md.jinja").render(
+        model_id=model_id,
+        base_model=run.get("base_model"),
+        dataset=dataset,
+        methods=run["methods"],
+        rounds=rounds,
     )
     return f"---\n{data.to_yaml()}\n---\n\n{body}"
 

@@ -18,6 +18,7 @@ from .errors import JobError, UsageError, paragraph
 SUBCOMMANDS = {
     "claims": "papertrl.evidence.command",
     "evaluate": "papertrl.evaluation.command",
+    "overoptimization": "papertrl.evidence.overoptimization",
     "publish": "papertrl.publishing",
     "space": "papertrl.space",
 }
@@ -26,6 +27,7 @@ USAGE = """\
 usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECIPE] [flags]
        papertrl methods
        papertrl claims [METHOD ...] [--help]
+       papertrl overoptimization [METHOD ...] [--help]
        papertrl evaluate MODEL [MODEL ...] [--help]
        papertrl publish OUTPUT_DIR [--help]
        papertrl space MODEL [--help]

@@ -1,12 +1,17 @@
 """What of a run is published: files by name, scrubbed texts, and nothing from outside the output directory."""
 
 import fnmatch
+import io
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .cards import CARD_FILE, check_card, completions_card, model_card
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .cards import CARD_FILE, check_card, completions_card, model_card, rounds_card
 from .errors import JobError
 from .hub import Item
 from .reporting import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
@@ -18,9 +23,10 @@ from .runfile import (
     RECIPE_FILE,
     RUN_FILE,
     START_MODEL,
+    read_json,
     read_run,
 )
-from .scrubbing import TOKEN, scrub_text
+from .scrubbing import TOKEN, scrub, scrub_text
 
 WEIGHTS = (
     "model.safetensors",
@@ -58,6 +64,8 @@ REPORTS = (
 )
 MODEL = (*WEIGHTS, *CONFIGURATION, *TOKENIZER)
 TEXTS = (".json", ".jsonl", ".md", ".yaml", ".jinja", ".txt")
+# Of a round's folder, in the order in which a card names them
+TABLES = ("pairs", "candidates")
 # Larger ones are vocabularies
 LARGEST_SCRUBBED = 1 << 20
 
@@ -76,12 +84,15 @@ class Publication:
             Files.
         skipped (`list[str]`, *optional*):
             Files that have a name to publish but lie outside the output directory.
+        owned (`tuple[str, ...]`, *optional*):
+            Names, with wildcards, of files that are removed from the repository if `items` lacks them.
     """
 
     repo_id: str
     repo_type: str
     items: list[Item]
     skipped: list[str] = field(default_factory=list)
+    owned: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         total = sum(item.size for item in self.items)
@@ -150,12 +161,16 @@ def _scrubbed_json(path: Path, text: str) -> Path | bytes:
 
 
 def model_publication(
-    folder: Path, repo_id: str, space_id: str | None = None, completions_id: str | None = None
+    folder: Path,
+    repo_id: str,
+    space_id: str | None = None,
+    completions_id: str | None = None,
+    rounds_id: str | None = None,
 ) -> Publication:
     """
     The model's repository: weights or adapter, tokenizer, configuration, card, curves, samples, metrics, recipe.
 
-    A start model that is not on the Hub goes along, since comparing needs it.
+    A start model that is not on the Hub goes along, since comparing needs it. The card names what else is published.
 
     Raises:
         [`~papertrl.errors.JobError`]: if the folder holds no model, or a text in it holds a token.
@@ -173,11 +188,12 @@ def model_publication(
         items, skipped = items + own, skipped + [f"{START_MODEL}/{name}" for name in outside]
     if run is not None and not any(name == CARD_FILE for name in skipped):
         items = [item for item in items if item.path != CARD_FILE]
-        items.append(Item(CARD_FILE, card_to_publish(folder, run, repo_id, space_id, completions_id).encode()))
+        card = card_to_publish(folder, run, repo_id, space_id, completions_id, rounds_id)
+        items.append(Item(CARD_FILE, card.encode()))
         items = [_with_base(item, run["base_model"]) if run.get("base_model") else item for item in items]
     items.sort(key=lambda item: item.path)
     _check(items)
-    return Publication(repo_id, "model", items, skipped)
+    return Publication(repo_id, "model", items, skipped, WEIGHTS)
 
 
 def _with_base(item: Item, base_model: str) -> Item:
@@ -189,14 +205,19 @@ def _with_base(item: Item, base_model: str) -> Item:
 
 
 def card_to_publish(
-    folder: Path, run: dict[str, Any], repo_id: str, space_id: str | None, completions_id: str | None
+    folder: Path,
+    run: dict[str, Any],
+    repo_id: str,
+    space_id: str | None,
+    completions_id: str | None,
+    rounds_id: str | None,
 ) -> str:
     """The card, made anew with the repository's name and the newest evaluation, unless someone edited it."""
     path = folder / CARD_FILE
     made = [model_card(run, folder, evaluated=evaluated) for evaluated in (True, False)]
     if path.exists() and path.read_text() not in made:
         return scrub_text(path.read_text())
-    return model_card(run, folder, repo_id, space_id, completions_id)
+    return model_card(run, folder, repo_id, space_id, completions_id, rounds_id)
 
 
 def _check(items: list[Item]) -> None:
@@ -231,6 +252,62 @@ def completions_publication(folder: Path, repo_id: str, model_id: str) -> Public
     items = [Item(CARD_FILE, card.encode()), Item(COMPLETIONS_FILE, text.encode())]
     _check(items)
     return Publication(repo_id, "dataset", items)
+
+
+def rounds_publication(folder: Path, repo_id: str, model_id: str) -> Publication:
+    """
+    The dataset of the online loop's rounds: pairs and candidates of each, how they came about, and a card.
+
+    Texts are scrubbed. Tokens of a text that was are left out, since they would give it away.
+
+    Raises:
+        [`~papertrl.errors.JobError`]: if the run has no finished round.
+    """
+    # Trainers publish, so that they cannot be imported before
+    from .trainers.preference.rounds import PROVENANCE, ROUNDS
+
+    run, root = read_run(folder), folder / ROUNDS
+    found = {int(m[1]): path for path in root.glob("round_*") if (m := re.fullmatch(r"round_(\d+)", path.name))}
+    finished = [path for _, path in sorted(found.items()) if read_json(path / PROVENANCE) is not None]
+    if run is None or not finished:
+        raise JobError(
+            f"'{folder}' holds no {ROUNDS}, which a preference run with `--online_iterations` writes; leave out "
+            "`--with_rounds`."
+        )
+    items, rounds, skipped = [], [], []
+    for path in finished:
+        names = [f"{table}.parquet" for table in TABLES if (path / f"{table}.parquet").is_file()]
+        outside = [n for n in (PROVENANCE, *names) if not (path / n).resolve().is_relative_to(folder.resolve())]
+        skipped += [f"{ROUNDS}/{path.name}/{name}" for name in outside]
+        if outside:
+            continue
+        provenance = scrub(read_json(path / PROVENANCE))
+        rounds.append({**provenance, "name": path.name, "tables": [Path(name).stem for name in names]})
+        text = json.dumps(provenance, indent=1, ensure_ascii=False) + "\n"
+        items.append(Item(f"{path.name}/{PROVENANCE}", text.encode()))
+        items += [Item(f"{path.name}/{name}", _scrubbed_table(path / name)) for name in names]
+    items.insert(0, Item(CARD_FILE, rounds_card(run, rounds, model_id).encode()))
+    _check(items)
+    return Publication(repo_id, "dataset", items, skipped, ("round_*/*",))
+
+
+def _scrubbed_table(path: Path) -> Path | bytes:
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    clean = [_scrubbed_row(row) for row in rows]
+    if clean == rows:
+        return path
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(clean, schema=table.schema), buffer)
+    return buffer.getvalue()
+
+
+def _scrubbed_row(row: dict[str, Any]) -> dict[str, Any]:
+    # Keys are columns: names such as `feedback_token` hold no secret, and none may be missing
+    clean = {key: scrub(value) for key, value in row.items()}
+    if any(isinstance(value, (str, list)) and clean[key] != value for key, value in row.items()):
+        clean |= {key: None for key in row if key.endswith("_ids")}
+    return clean
 
 
 def space_publication(folder: Path, repo_id: str, model_id: str, rendered: Path) -> Publication:

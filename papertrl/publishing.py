@@ -23,6 +23,7 @@ from .publication import (
     completions_publication,
     model_publication,
     publishable,
+    rounds_publication,
     space_publication,
 )
 from .runfile import read_run
@@ -39,6 +40,7 @@ def publish(
     token: str | None = None,
     with_space: bool = False,
     with_completions: bool = False,
+    with_rounds: bool = False,
     dry_run: bool = False,
     message: str = "Publish the run",
     revision: str | None = None,
@@ -61,7 +63,9 @@ def publish(
         with_space (`bool`, *optional*, defaults to `False`):
             Whether to publish a Space, `<repo_id>-demo`.
         with_completions (`bool`, *optional*, defaults to `False`):
-            Whether to publish a dataset, `<repo_id>-completions`.
+            Whether to publish a dataset of the held-out completions, `<repo_id>-completions`.
+        with_rounds (`bool`, *optional*, defaults to `False`):
+            Whether to publish a dataset of what was sampled in training, `<repo_id>-rounds`.
         dry_run (`bool`, *optional*, defaults to `False`):
             Whether to only list what would be sent, without network.
         message (`str`, *optional*):
@@ -87,10 +91,13 @@ def publish(
         name = f"{with_retries(api.whoami, attempts=2)['name']}/{name}"
     space_id = f"{name}-demo" if with_space else None
     completions_id = f"{name}-completions" if with_completions else None
+    rounds_id = f"{name}-rounds" if with_rounds else None
     with tempfile.TemporaryDirectory() as rendered:
-        publications = [model_publication(folder, name, space_id, completions_id)]
+        publications = [model_publication(folder, name, space_id, completions_id, rounds_id)]
         if completions_id:
             publications.append(completions_publication(folder, completions_id, name))
+        if rounds_id:
+            publications.append(rounds_publication(folder, rounds_id, name))
         if space_id:
             publications.append(space_publication(folder, space_id, name, Path(rendered) / "space"))
         if dry_run:
@@ -111,9 +118,7 @@ def send(api: HfApi, publication: Publication, private: bool, message: str, revi
         message,
         publication.repo_type,
         revision if is_model else None,
-        (lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in WEIGHTS))
-        if is_model
-        else (lambda path: False),
+        lambda path: any(fnmatch.fnmatchcase(path, pattern) for pattern in publication.owned),
     )
 
 
@@ -179,7 +184,7 @@ def publish_trainer(
 def publish_checkpoint(trainer: Any, checkpoint: Path) -> None:
     """Publish a checkpoint's model; training goes on if the Hub does not take it."""
     items, _ = publishable(checkpoint, MODEL)
-    publication = Publication(trainer.hub_model_id, "model", items)
+    publication = Publication(trainer.hub_model_id, "model", items, owned=WEIGHTS)
     message = f"Training in progress, step {trainer.state.global_step}"
     try:
         private = bool(trainer.args.hub_private_repo)
@@ -209,6 +214,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--revision", help="branch of the model's repository")
     parser.add_argument("--with_space", action="store_true", help="also publish a Space to try the model")
     parser.add_argument("--with_completions", action="store_true", help="also publish the held-out completions")
+    parser.add_argument(
+        "--with_rounds", action="store_true", help="also publish what a preference method sampled in training"
+    )
     parser.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -232,6 +240,7 @@ def main(argv: list[str]) -> int:
         args.token,
         args.with_space,
         args.with_completions,
+        args.with_rounds,
         args.dry_run,
         revision=args.revision,
     )

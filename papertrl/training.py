@@ -30,6 +30,7 @@ from .reporting import (
     write_samples,
 )
 from .rewards import checked, load_reward
+from .rewards.registry import load_judge
 from .runfile import (
     COMPLETIONS_FILE,
     EVALUATION_COMPLETIONS,
@@ -269,27 +270,49 @@ def start_model(job: Job, task: Task | None, output: Path, state: PartialState) 
 def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase) -> JobData:
     """Training rows, held-out rows and judges of the job."""
     family = job.trainer_class.family
-    if job.arguments.reward_funcs and not is_judged(job):
-        online = " without `--online_iterations`" if family == "preference" else ""
-        raise JobError(
-            f"`reward_funcs` are for policy methods and the online loop of preference methods; "
-            f"{', '.join(job.methods)} learn without{online}. Drop the flag."
-        )
+    check_judges(job)
     length = completion_length(job)
     named = [checked(load_reward(name, length)) for name in job.arguments.reward_funcs or []]
     if task is None:
-        if needs_rewards(job) and not named:
+        if needs_rewards(job) and not (named or job.arguments.reward_model or job.arguments.judge):
             raise JobError(
                 f"`dataset_name` needs `--reward_funcs` with {', '.join(job.methods)}: one or more of exact_match, "
                 "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
             )
-        data = dataset_data(family, job.arguments, named, online=pairs_online(job))
+        formats = job.trainer_class.dataset_formats(job.training) if family == "preference" else ()
+        eval_formats = ("pairs",) if pairs_online(job) else formats
+        evaluated = job.training.eval_strategy != "no"
+        data = dataset_data(family, job.arguments, named, formats, eval_formats if evaluated else ())
     else:
         chat = tokenizer.chat_template is not None
         data = task_data(task, family, job.arguments, job.training.seed, chat, pairs_online(job))
     if is_judged(job):
         check_reward_columns(named, data.train, job.arguments.dataset_name or task.name)
     return data
+
+
+def check_judges(job: Job) -> None:
+    """
+    Check that somebody is asked to judge only where there is something to judge, and not two kinds of judges.
+
+    Raises:
+        [`JobError`]: naming the flag.
+    """
+    arguments, family = job.arguments, job.trainer_class.family
+    online = " without `--online_iterations`" if family == "preference" else ""
+    for flag in ("reward_funcs", "reward_model"):
+        if getattr(arguments, flag) and not is_judged(job):
+            raise JobError(
+                f"`{flag}` is for policy methods and the online loop of preference methods; "
+                f"{', '.join(job.methods)} learn without{online}. Drop the flag."
+            )
+    if arguments.judge and not pairs_online(job):
+        raise JobError(
+            f"`judge` is for the online loop of preference methods; {', '.join(job.methods)} learn without{online}. "
+            "Drop the flag."
+        )
+    if arguments.judge and (arguments.reward_funcs or arguments.reward_model):
+        raise JobError("`judge` and rewards are both set, and either scores completions; drop one.")
 
 
 def pairs_online(job: Job) -> bool:
@@ -343,7 +366,7 @@ def make_trainer(
         peft_config=get_peft_config(job.model),
         quantization_config=get_quantization_config(job.model),
         callbacks=callbacks,
-        **({"reward_funcs": rewards_of(job, data) or None} if is_judged(job) else {}),
+        **judges_of(job, data),
     )
     for callback in (stop, held_out):
         if callback is not None:
@@ -353,6 +376,22 @@ def make_trainer(
     if not job.training.disable_tqdm:
         trainer.add_callback(ProgressBar())
     return trainer, held_out
+
+
+def judges_of(job: Job, data: JobData) -> dict[str, Any]:
+    """Who judges what is sampled in training, as arguments of the trainer."""
+    if not is_judged(job):
+        return {}
+    model = job.arguments.reward_model
+    try:
+        if job.arguments.judge:
+            return {"judge": load_judge(job.arguments.judge)}
+    except (OSError, ValueError) as error:
+        raise JobError(
+            f"`judge` '{job.arguments.judge}' cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from error
+    rewards = rewards_of(job, data) if model is None or job.arguments.reward_funcs else []
+    return {"reward_funcs": [*([model] if model else []), *rewards] or None}
 
 
 def rewards_of(job: Job, data: JobData) -> list[Callable]:

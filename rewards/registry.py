@@ -62,7 +62,30 @@ def load_reward(name: str, max_completion_length: int) -> Callable:
     return _import(name)
 
 
-def _import(path: str) -> Callable:
+def load_judge(name: str) -> Callable:
+    """
+    Pairwise judge of the given name.
+
+    Args:
+        name (`str`):
+            Folder or Hub id of a language model, for a [`~papertrl.rewards.pairwise.PairwiseModel`], or a dotted path
+            `package.module.function`.
+
+    Raises:
+        `ValueError`: if there is no such function.
+    """
+    from .pairwise import PairwiseModel
+
+    if os.path.isdir(name) or "/" in name:
+        return PairwiseModel(name)
+    if "." not in name:
+        raise ValueError(
+            f"`--judge`: there is no folder '{name}', and it is neither a Hub id nor a dotted path `module.function`."
+        )
+    return _import(name, "--judge")
+
+
+def _import(path: str, flag: str = "--reward_funcs") -> Callable:
     module_name, function_name = path.rsplit(".", 1)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
@@ -70,9 +93,9 @@ def _import(path: str) -> Callable:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise ValueError(
-            f"`--reward_funcs`: '{path}' cannot be imported ({error}). Give `package.module.function`, importable "
+            f"`{flag}`: '{path}' cannot be imported ({error}). Give `package.module.function`, importable "
             f"from '{os.getcwd()}' or from an installed package."
         ) from error
     if not callable(function):
-        raise ValueError(f"`--reward_funcs`: '{path}' is a {type(function).__name__}, not a function.")
+        raise ValueError(f"`{flag}`: '{path}' is a {type(function).__name__}, not a function.")
     return function

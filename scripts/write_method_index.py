@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from papertrl.catalogue import METHODS, load_trainer, method_table
-from papertrl.evidence.tables import evidence_sections, read_results, summary_table
+from papertrl.evidence.tables import evidence_sections, overoptimization_section, read_results, summary_table
 from papertrl.trainers.method import Method
 
 ROOT = Path(__file__).parents[1]
@@ -17,6 +17,7 @@ def main() -> None:
         ("docs/methods.md", "methods", method_table()),
         ("README.md", "evidence", summary_table(results)),
         ("docs/evidence.md", "evidence", summary_table(results)),
+        ("docs/evidence.md", "overoptimization", overoptimization_section(ROOT / "claims/results")),
         ("docs/evidence.md", "evidence sections", evidence_sections(results)),
     ):
         write(ROOT / page, mark, text)

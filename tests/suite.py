@@ -3,6 +3,7 @@
 from typing import Any
 
 from datasets import Dataset
+from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
 from papertrl.catalogue import METHODS
@@ -52,9 +53,15 @@ ACTIVE: dict[str, dict[str, Any]] = {
     "ln_dpo": {},
     "rpo": {},
     "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
+    "drift": {"online_max_new_tokens": 4, "online_num_prompts": 8},
+    "rlhf_workflow": {"online_iterations": 2, "online_num_samples": 4, "online_max_new_tokens": 6},
+    "xpo": {"online_iterations": 2, "online_max_new_tokens": 6, "xpo_alpha": [0.01, 0.005]},
+    "rso": {"online_num_samples": 6, "rso_num_samples": 4, "online_max_new_tokens": 6},
     "irpo": {},
     "srpo": {},
+    "upo": {"online_iterations": 1, "online_max_new_tokens": 6, "upo_estimator_learning_rate": 1e-3},
     "sem_dpo": {"sem_encoder": "characters"},
+    "ofs_dpo": {"ofs_chasing_interval": 2},
     "asft": {},
     "implicit_reward_sft": {},
 }
@@ -90,6 +97,7 @@ def dataset(family: str) -> Dataset:
         return Dataset.from_dict({"prompt": prompts, "completion": [f"{2 * i + 1}" for i in numbers]} | columns)
     if family == "preference":
         columns = {"chosen": [f"{2 * i + 1}" for i in numbers], "rejected": [f"{3 * i}" for i in numbers]}
+        columns["feedback"] = ["high" if i else "low" for i in numbers]
         lists = {"completions": [[f"{i}", f"{2 * i + 1}", f"{3 * i}"][: 2 + i % 2] for i in numbers]}
         lists["relevance"] = [[1, 2, 0][: 2 + i % 2] for i in numbers]
         return Dataset.from_dict({"prompt": prompts} | columns | lists)
@@ -106,6 +114,11 @@ def settings(family: str, output_dir, **values) -> dict[str, Any]:
     return {"output_dir": str(output_dir), "max_steps": 3} | COMMON | ours | values
 
 
+# Settings that, unless they are None, need an adapter
+NEEDS_ADAPTER = ("ofs_alpha",)
+LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
+
+
 def build(trainer_class: type, family: str, model: str, args, **kwargs):
     reward = kwargs.pop("reward", digit_parity)
     # TRL's config leaves a method its default
@@ -113,6 +126,8 @@ def build(trainer_class: type, family: str, model: str, args, **kwargs):
     iterations = getattr(args, "online_iterations", getattr(defaults, "online_iterations", 0))
     if family == "preference" and iterations > 0:
         kwargs["reward_funcs"] = reward
+    if any(getattr(args, name, getattr(defaults, name, None)) is not None for name in NEEDS_ADAPTER):
+        kwargs.setdefault("peft_config", LORA)
     positional = {"policy": [[reward]], "preference": [None], "supervised": []}[family]
     return trainer_class(model, *positional, args, train_dataset=kwargs.pop("data", dataset(family)), **kwargs)
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from peft import LoraConfig
 
 import papertrl
 from papertrl.catalogue import COMBINATIONS, METHODS, class_stem, find, load_trainer, method_table
@@ -20,6 +19,7 @@ from papertrl.trainers.method import compose
 
 from .suite import (
     ACTIVE,
+    LORA,
     PARENTS,
     PLAIN_OF,
     active_config,
@@ -48,6 +48,12 @@ INCOMPATIBLE = {
     ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
     ("constrained_rlhf", "two_stage_math"): ("combine_rewards", {"constraint_thresholds": None}),
     ("dynamic_reward_weighting", "two_stage_math"): ("combine_rewards", {"reward_weighting": "none"}),
+    ("drift", "rlhf_workflow"): ("pair", {"online_iterations": 0}),
+    ("drift", "rso"): ("pair", {"rso_pairing": "none"}),
+    ("rlhf_workflow", "rso"): ("pair", {"rso_pairing": "none"}),
+    ("drift", "upo"): ("pair", {"upo_pairing": "none"}),
+    ("rlhf_workflow", "upo"): ("pair", {"upo_pairing": "none"}),
+    ("rso", "upo"): ("pair", {"upo_pairing": "none"}),
     ("irpo", "srpo"): ("pair_losses", {"srpo_alpha": None}),
 }
 
@@ -183,9 +189,8 @@ def test_an_adapter_alone_is_trained(name, request, tmp_path):
     trainer_class = load_trainer(name)
     family = METHODS[name]
     args = active_config(trainer_class, [name], tmp_path, max_steps=2)
-    peft = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
     model = model_path(family, request)
-    trainer = build(trainer_class, family, model, args, reward=reward_of(trainer_class), peft_config=peft)
+    trainer = build(trainer_class, family, model, args, reward=reward_of(trainer_class), peft_config=LORA)
     before = weights(trainer)
     trainer.train()
     changed = {key for key, value in weights(trainer).items() if not torch.equal(value, before[key])}
@@ -216,7 +221,7 @@ def test_incompatible_pair_is_refused(pair, request, tmp_path):
     message = f"'{pair[0]}' and '{pair[1]}'.*stage '{stage}'.*{field}={value!r}"
     with pytest.raises(ValueError, match=message):
         build(trainer_class, trainer_class.family, model, active_config(trainer_class, list(pair), tmp_path))
-    args = active_config(trainer_class, list(pair), tmp_path, **resolution, max_steps=1)
+    args = active_config(trainer_class, list(pair), tmp_path, **resolution, max_steps=2)
     build(trainer_class, trainer_class.family, model, args).train()
 
 
@@ -269,7 +274,7 @@ def test_compose_refuses_what_does_not_combine():
 def test_resume_refuses_other_methods_and_damage(name, request, tmp_path):
     family = METHODS[name]
     trainer_class = load_trainer(name)
-    args = active_config(trainer_class, [name], tmp_path, max_steps=1, save_strategy="steps", save_steps=1)
+    args = active_config(trainer_class, [name], tmp_path, max_steps=2, save_strategy="steps", save_steps=1)
     trainer = build(trainer_class, family, model_path(family, request), args)
     trainer.train()
     checkpoint = tmp_path / "checkpoint-1"
@@ -283,7 +288,7 @@ def test_resume_refuses_other_methods_and_damage(name, request, tmp_path):
         )
         with pytest.raises(ValueError, match=rf"written by methods \['{name}'\]"):
             stranger.train(resume_from_checkpoint=str(checkpoint))
-    weights_file = checkpoint / "model.safetensors"
+    (weights_file,) = checkpoint.glob("*model.safetensors")
     weights_file.write_bytes(weights_file.read_bytes()[:100])
     with pytest.raises(ValueError, match="is damaged"):
         trainer.train(resume_from_checkpoint=str(checkpoint))

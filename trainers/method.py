@@ -45,6 +45,13 @@ class Method:
     neutral: Mapping[str, Any] = field(default_factory=dict)
     signal: str = ""
 
+    def decides(self, stage: str, args: Any) -> bool:
+        """Whether the method replaces `stage` under the config `args`."""
+        if stage not in self.replaces:
+            return False
+        given_up = self.replaces[stage]
+        return not given_up or any(getattr(args, name) != value for name, value in given_up.items())
+
 
 class MethodTrainer:
     """
@@ -116,15 +123,10 @@ class MethodTrainer:
         Raises:
             `ValueError`: naming both methods, the stage, and the settings that resolve the clash.
         """
-
-        def active(method: Method, stage: str) -> bool:
-            given_up = method.replaces[stage]
-            return not given_up or any(getattr(args, name) != value for name, value in given_up.items())
-
         for i, first in enumerate(cls.methods):
             for second in cls.methods[i + 1 :]:
                 for stage in first.replaces.keys() & second.replaces.keys():
-                    if active(first, stage) and active(second, stage):
+                    if first.decides(stage, args) and second.decides(stage, args):
                         ways = " or ".join(
                             " and ".join(f"{name}={value!r}" for name, value in m.replaces[stage].items())
                             + f" ('{m.name}' then leaves the stage alone)"

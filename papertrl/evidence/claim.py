@@ -160,6 +160,8 @@ class Claim:
             Reward functions to train on. Defaults to the task's verifier.
         data (`Callable`, *optional*):
             (task, number of problems, seed) → training rows. Defaults to the family's view of the task's problems.
+        trainer_kwargs (`dict`):
+            Keyword arguments of all arms' trainers, such as `peft_config`; each run has a copy of them.
         train_problems (`int`), held_out (`int`):
             Number of problems.
         evaluations (`int`):
@@ -187,6 +189,7 @@ class Claim:
     start: Start = Start()
     rewards: tuple[Callable, ...] = ()
     data: Callable[[Task, int, int], Dataset] | None = None
+    trainer_kwargs: Mapping[str, Any] = field(default_factory=dict)
     train_problems: int = 4000
     held_out: int = 256
     evaluations: int = 10

@@ -3,6 +3,7 @@
 import argparse
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import UsageError
@@ -10,6 +11,7 @@ from ..parsing import CommandParser
 from .claim import Claim, claimed, load_claim
 from .study import FRESH_SEEDS, Study, result
 
+RESULTS = Path("claims/results")
 USAGE = """\
 usage: papertrl claims [METHOD ...] [flags]
 
@@ -42,16 +44,8 @@ def main(argv: list[str]) -> int:
         [`~papertrl.errors.JobError`]: if a run fails.
     """
     parser = CommandParser(prog="papertrl claims", add_help=False)
-    parser.add_argument("methods", nargs="*")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first_seed", "--first-seed", type=int, default=FRESH_SEEDS[0])
-    parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--model")
-    parser.add_argument("--output_dir", "--output-dir", type=Path, default=Path("claims/results"))
-    parser.add_argument("--work_dir", "--work-dir", type=Path, default=Path("runs/claims"))
-    parser.add_argument("--quick", action="store_true")
+    seeds_of = add_run_flags(parser, seeds=5)
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--help", "-h", action="store_true")
     args = parser.parse_args(argv)
     if args.help:
         print(USAGE, end="")
@@ -61,16 +55,38 @@ def main(argv: list[str]) -> int:
         for claim in claims:
             print(f"{claim.method:<12} {verdict_of(args.output_dir, claim.method):<10} {claim.statement}")
         return 0
-    seeds = _seeds(args)
-    if args.quick and args.output_dir == Path("claims/results"):
-        args.output_dir = Path("runs/claims/quick")
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    seeds = seeds_of(args)
     for claim in claims:
         study = Study(claim, args.work_dir, args.model, args.quick, args.jobs)
         outcome = run(study, seeds, ["papertrl", "claims", *map(shlex.quote, argv)])
         save(claim, outcome, args.output_dir)
         print(report(outcome, args.output_dir))
     return 0
+
+
+def add_run_flags(parser: argparse.ArgumentParser, seeds: int) -> Callable[[argparse.Namespace], range]:
+    """
+    Add the flags of commands that make runs.
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            Parser of the command.
+        seeds (`int`):
+            Default number of seeds.
+
+    Returns:
+        Parsed arguments → seeds. It also makes the output directory, another one with `--quick` unless one is given.
+    """
+    parser.add_argument("methods", nargs="*")
+    parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--first_seed", "--first-seed", type=int, default=FRESH_SEEDS[0])
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--model")
+    parser.add_argument("--output_dir", "--output-dir", type=Path, default=RESULTS)
+    parser.add_argument("--work_dir", "--work-dir", type=Path, default=Path("runs/claims"))
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--help", "-h", action="store_true")
+    return _seeds
 
 
 def _seeds(args: argparse.Namespace) -> range:
@@ -84,6 +100,9 @@ def _seeds(args: argparse.Namespace) -> range:
             f"`--first_seed` and `--seeds` must stay in [{FRESH_SEEDS[0]}, {FRESH_SEEDS[-1]}], got {seeds[0]} to "
             f"{seeds[-1]}: later seeds are for development."
         )
+    if args.quick and args.output_dir == RESULTS:
+        args.output_dir = Path("runs/claims/quick")
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     return seeds
 
 
@@ -94,14 +113,18 @@ def run(study: Study, seeds: range, command: list[str]) -> dict:
 
 
 def save(claim: Claim, outcome: dict, output_dir: Path) -> None:
-    """Write result and plot; an interrupted write leaves the old result."""
+    """Write result and plot."""
     from .plot import draw
 
-    path = output_dir / f"{claim.method}.json"
+    write_result(output_dir / f"{claim.method}.json", outcome)
+    draw(claim, outcome, output_dir / f"{claim.method}.png")
+
+
+def write_result(path: Path, outcome: dict) -> None:
+    """Write a result file; an interrupted write leaves the old one."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(outcome, indent=1) + "\n")
     partial.replace(path)
-    draw(claim, outcome, output_dir / f"{claim.method}.png")
 
 
 def verdict_of(output_dir: Path, method: str) -> str:

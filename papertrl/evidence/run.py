@@ -2,6 +2,7 @@
 
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,11 +31,13 @@ COMMON = {
 }
 
 
-def quick(claim: Claim) -> dict[str, Any]:
-    """Config values that make a run of the claim as short as can be."""
-    generations = claim.settings.get("num_generations", 1)
+def quick(claim: Claim, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a run with those values that make it as short as can be."""
+    generations = settings.get("num_generations", 1)
     steps = {"max_steps": 3, "per_device_train_batch_size": 4 * generations, "gradient_accumulation_steps": 1}
-    return steps | ({"steps_per_generation": 1} if claim.family == "policy" else {})
+    if settings.get("online_iterations"):
+        steps |= {"online_iterations": 2, "online_num_prompts": 16}
+    return settings | steps | ({"steps_per_generation": 1} if claim.family == "policy" else {})
 
 
 def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None = None, short: bool = False) -> dict:
@@ -71,7 +74,9 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
         claim.make_task(**start.task_kwargs), start.error_share, 20 if short else start.steps, seed, True, **size
     )
     trainer_class = trainer_of(claim, arm)
-    settings = {**COMMON, **claim.settings, **arm.settings, **choice, **(quick(claim) if short else {})}
+    settings = {**COMMON, **claim.settings, **arm.settings, **choice}
+    if short:
+        settings = quick(claim, settings)
     if model is not None:
         settings["learning_rate"] *= REAL_MODEL_RATE
     set_seed(seed)
@@ -83,6 +88,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
             args=args,
             train_dataset=claim.training_rows(task, seed),
             processing_class=AutoTokenizer.from_pretrained(start_path),
+            **deepcopy(dict(claim.trainer_kwargs)),
             **({"reward_funcs": list(claim.rewards) or [task.reward]} if judged else {}),
         )
         trainer.remove_callback(PrinterCallback)

@@ -170,6 +170,7 @@ class Study:
             claim.task_kwargs, dataclasses.astuple(claim.start), claim.train_problems, claim.held_out,
             claim.evaluations, claim.logs, [metric.name for metric in claim.metrics()],
             [_source(f) for f in (arm.control, claim.data, *claim.measures)], _versions(),
+            *([claim.trainer_kwargs] if claim.trainer_kwargs else []),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
         return self.work_dir / claim.method / f"{plan.arm.replace(' ', '_').replace('/', '_')}-{plan.seed}-{key}.json"
@@ -300,6 +301,7 @@ def result(study: Study, tuning: dict, runs: list[dict], command: list[str]) -> 
             "task_kwargs": dict(claim.task_kwargs),
             "start": dataclasses.asdict(claim.start),
             "all_arms": dict(claim.settings),
+            **{name: str(value) for name, value in claim.trainer_kwargs.items()},
             "arms": {label: {"methods": arm.methods, **arm.settings} for label, arm in claim.arms.items()},
             "train_problems": claim.train_problems,
             "held_out": claim.held_out,

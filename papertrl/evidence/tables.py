@@ -34,6 +34,14 @@ def evidence_sections(results: dict[str, dict]) -> str:
     return "\n\n".join(_section(name, result) for name, result in results.items())
 
 
+def overoptimization_section(folder: Path) -> str:
+    """What the experiment on over-optimization found."""
+    from .overoptimization import read, section
+
+    outcome = read(folder)
+    return "Not measured yet." if outcome is None else section(outcome)
+
+
 def difference(comparison: dict) -> str:
     """Mean difference with its interval, as text."""
     return f"{comparison['mean']:+.3f} [{comparison['low']:+.3f}, {comparison['high']:+.3f}]"

@@ -25,6 +25,9 @@ class AdditionTask(VerifiedTask):
 
     Relations: `reasoning_gym:basic_arithmetic` and `reasoning_gym:chain_sum` ask sums in English.
 
+    A prompt with feedback goes on with an earlier answer and what its reader says of it, as in `47+85=022 low:`. Who
+    answers it makes no error.
+
     Args:
         digits (`int`, *optional*, defaults to `2`):
             Difficulty: the largest number of digits of an operand.
@@ -39,6 +42,9 @@ class AdditionTask(VerifiedTask):
             Share of the demonstrations that stand under a prompt with a hint and make no error but to forget further
             carries. If above 0, problems have the columns `hints`, prompts with one carry more each, and `hint`, the
             last of them.
+        feedback_share (`float`, *optional*, defaults to `0.0`):
+            Share of the demonstrations that stand under a prompt with a wrong answer and feedback. If above 0,
+            problems have the column `feedback`: whether the wrong answer is too `low` or too `high`.
 
     Raises:
         `ValueError`: if `digits` is not in [1, 9], `min_digits` not in [1, `digits`], or a share not in [0, 1].
@@ -54,6 +60,7 @@ class AdditionTask(VerifiedTask):
         workings_share: float = 0.0,
         workings_error_share: float = 0.0,
         hint_share: float = 0.0,
+        feedback_share: float = 0.0,
     ):
         check_range(self.name, "digits", digits, 1, 9)
         if min_digits is not None:
@@ -61,11 +68,13 @@ class AdditionTask(VerifiedTask):
         check_range(self.name, "workings_share", workings_share, 0, 1, float)
         check_range(self.name, "workings_error_share", workings_error_share, 0, 1, float)
         check_range(self.name, "hint_share", hint_share, 0, 1, float)
+        check_range(self.name, "feedback_share", feedback_share, 0, 1, float)
         self.digits = digits
         self.min_digits = min_digits
         self.workings_share = workings_share
         self.workings_error_share = workings_error_share
         self.hint_share = hint_share
+        self.feedback_share = feedback_share
         self.max_new_tokens = digits + 2 + (3 * digits if workings_share else 0)
 
     def problem(self, rng: random.Random) -> dict[str, Any]:
@@ -94,10 +103,20 @@ class AdditionTask(VerifiedTask):
         if self.hint_share > 0:
             row["hints"] = [f"{row['prompt']}[{carries(a, b, width)[:known]}]" for known in range(1, width + 1)]
             row["hint"] = row["hints"][-1]
+        if self.feedback_share > 0:
+            row["feedback"] = "low" if int(row["wrong_answer"]) < a + b else "high"
         return row if self.min_digits is None else {**row, "difficulty": width}
 
     def demonstrations(self, n: int, seed: int, error_share: float) -> Dataset:
         examples = super().demonstrations(n, seed, error_share)
+        if self.feedback_share > 0:
+            rng = random.Random(f"{seed}-feedback")
+            examples = Dataset.from_list(
+                [
+                    after_feedback(problem) if rng.random() < self.feedback_share else example
+                    for example, problem in zip(examples, self.generate(n, seed), strict=True)
+                ]
+            )
         if self.hint_share == 0:
             return examples
         rng = random.Random(f"{seed}-hints")
@@ -160,6 +179,11 @@ def workings(left: str, right: str, carries: bool = True) -> str:
 def carries(a: int, b: int, width: int) -> str:
     """What each of the last `width` columns hands on, from the right: `11` for 47 and 85."""
     return "".join(str((a % 10**k + b % 10**k) // 10**k) for k in range(1, width + 1))
+
+
+def after_feedback(row: dict[str, Any]) -> dict[str, str]:
+    """Demonstration that answers a problem anew after feedback on its wrong answer."""
+    return {"prompt": f"{row['prompt']}{row['wrong_answer']} {row['feedback']}:", "completion": row["answer"]}
 
 
 def without_carry(a: int, b: int, known: int = 0) -> int:

@@ -44,7 +44,9 @@ def write(tmp_path, text, name="rows.jsonl"):
     "family, text, parts",
     [
         ("policy", '{"question": "1+1", "answer": "2"}\n', ["`prompt`", "['answer', 'question']"]),
-        ("preference", '{"prompt": "a", "chosen": "b"}\n', ["`chosen` and `rejected`", "['chosen', 'prompt']"]),
+        ("preference", '{"prompt": "a", "chosen": "b"}\n', ["`chosen`, `rejected`", "['chosen', 'prompt']"]),
+        ("preference", '{"chosen": "b", "rejected": "b"}\n', ["split 'train': Row 0", "`rejected`: equals `chosen`."]),
+        ("preference", '{"prompt": "a", "completions": ["b", "c"], "ranks": [1, 1]}\n', ["no row is left"]),
         ("supervised", '{"prompt": "a"}\n', ["`text`", "`prompt` and `completion`", "['prompt']"]),
         ("policy", "", ["no rows"]),
         ("policy", "no json", ["cannot be loaded"]),
@@ -52,7 +54,7 @@ def write(tmp_path, text, name="rows.jsonl"):
 )
 def test_unfit_files_are_refused(family, text, parts, tmp_path):
     with pytest.raises(JobError) as error:
-        dataset_data(family, JobArguments(dataset_name=write(tmp_path, text)), [exact_match])
+        dataset_data(family, JobArguments(dataset_name=write(tmp_path, text)), [exact_match], ("pairs",))
     for part in parts:
         assert part in str(error.value)
 
@@ -96,3 +98,38 @@ def test_empty_task_is_refused():
         task_data(task_of(arguments), "policy", arguments, seed=0, chat=False)
     none_held_out = JobArguments(task_size=5, held_out_prompts=0)
     assert task_data(task_of(none_held_out), "policy", none_held_out, seed=0, chat=False).problems is None
+
+
+def chat(*texts):
+    return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=False)]
+
+
+@pytest.mark.parametrize(
+    "formats, rows, columns",
+    [
+        (("pairs",), [{"prompt": "p", "completions": ["a", "b", "c"], "ranks": [2, 1, 3]}], ["chosen", "rejected"]),
+        (("pairs",), [{"prompt": "p", "completion": c, "label": c == "a"} for c in "ab"], ["chosen", "rejected"]),
+        (("pairs",), [{"messages": chat("hi", "hello", "no", "good day")}], ["chosen", "rejected"]),
+        (("feedback",), [{"messages": chat("hi", "hello", "no")}], ["rejected", "feedback"]),
+        (("rankings", "pairs"), [{"prompt": "p", "completions": ["a", "b"], "relevance": [1, 0]}], ["relevance"]),
+        (("prompts",), [{"chosen": "p a", "rejected": "p b"}], ["prompt"]),
+    ],
+)
+def test_preference_data_is_converted_to_what_the_methods_take(formats, rows, columns, tmp_path):
+    DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows)}).save_to_disk(tmp_path / "data")
+    arguments = JobArguments(dataset_name=str(tmp_path / "data"))
+    data = dataset_data("preference", arguments, [exact_match], formats, formats)
+    assert {"prompt", *columns} <= set(data.train.column_names)
+    assert "prompt" in data.problems.column_names
+    assert data.eval.to_list() == data.train.to_list()
+    assert dataset_data("preference", arguments, [], formats).eval is None
+
+
+def test_formats_that_preference_trainers_take(tmp_path):
+    from papertrl import IrpoDPOConfig, IrpoDPOTrainer, PreferenceConfig, PreferenceTrainer
+
+    options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
+    assert PreferenceTrainer.dataset_formats(PreferenceConfig(**options)) == ("pairs",)
+    assert PreferenceTrainer.dataset_formats(PreferenceConfig(**options, online_iterations=1)) == ("prompts",)
+    assert IrpoDPOTrainer.dataset_formats(IrpoDPOConfig(**options)) == ("rankings", "pairs")
+    assert IrpoDPOTrainer.dataset_formats(IrpoDPOConfig(**options, irpo_weighting="none")) == ("pairs",)

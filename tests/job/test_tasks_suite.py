@@ -132,6 +132,7 @@ BAD = [
     ("addition", {"digits": 2, "min_digits": 3}, r"`min_digits` must be in \[1, 2\], got 3"),
     ("addition", {"workings_share": 1.5}, r"`workings_share` must be in \[0, 1\], got 1.5"),
     ("addition", {"hint_share": -0.1}, r"`hint_share` must be in \[0, 1\], got -0.1"),
+    ("addition", {"feedback_share": 2}, r"`feedback_share` must be in \[0, 1\], got 2"),
     ("addition", {"workings_error_share": float("nan")}, "`workings_error_share` must be"),
     ("automaton", {"states": 2}, r"`states` must be in \[3, 10\], got 2"),
     ("automaton", {"length": 21}, r"`length` must be in \[2, 20\], got 21"),
@@ -338,6 +339,30 @@ def test_proxy_and_true_reward_part_with_length():
     assert proxied.reward == proxied.proxy_reward and proxied.reward.__name__ == "proxy_reward"
 
 
+def test_marker_pairs_are_labeled_by_the_reward_trained_on():
+    task = MarkerTask(train_on="proxy")
+    pairs = task.preference(task.generate(300, 0))
+    chosen, rejected = (task.proxy_reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected"))
+    assert all(c > r for c, r in zip(chosen, rejected, strict=True))
+    true = [task.true_reward(pairs["prompt"], pairs[side]) for side in ("chosen", "rejected")]
+    assert any(c < r for c, r in zip(*true, strict=True))
+
+
+def test_marker_feedback_says_what_is_missed_and_demonstrations_mend_it():
+    task = MarkerTask(train_on="proxy", feedback_share=0.5)
+    turns = task.online(task.generate(200, 0))
+    assert set(turns["feedback"]) == {"marker", "longer"}
+    for row in turns:
+        assert (row["feedback"] == "marker") == (row["prompt"][0] + row["prompt"][3] not in row["rejected"])
+    shown = [row for row in task.demonstrations(400, 0, 1.0) if row["prompt"].count(":") == 2]
+    assert abs(len(shown) / 400 - 0.5) < 0.08
+    for row in shown:
+        prompt, rejected = row["prompt"][:5], row["prompt"][5:].split(" ")[0]
+        worse, better = task.proxy_reward([prompt] * 2, [rejected, row["completion"]])
+        assert better > worse and prompt[0] + prompt[3] in row["completion"]
+    assert "feedback" not in MarkerTask().online(MarkerTask().generate(2, 0)).column_names
+
+
 @pytest.mark.parametrize("longer_share", [None, 0.0, 0.8, 1.0])
 @pytest.mark.parametrize("label_noise, covered", [(0.0, None), (0.25, 3), (1.0, 1)])
 def test_marker_pairs_follow_the_knobs(longer_share, label_noise, covered):
@@ -406,6 +431,24 @@ def test_more_tools_and_arguments_make_longer_calls():
     assert {answer.partition("(")[0] for answer in easy["answer"]} == {"add", "drop"}
     assert len({answer.partition("(")[0] for answer in hard["answer"]}) == 6
     assert all(answer.count("=") == 3 for answer in hard["answer"])
+
+
+def test_addition_feedback_names_the_error_and_demonstrations_mend_it():
+    task = AdditionTask(feedback_share=0.5)
+    problems = task.generate(400, 0)
+    for row in problems:
+        error = int(row["wrong_answer"]) - int(row["answer"])
+        assert row["feedback"] == ("low" if error < 0 else "high") and error != 0
+    turns = task.online(problems)
+    assert turns["rejected"] == problems["wrong_answer"] and turns["feedback"] == problems["feedback"]
+    shown = [row for row in task.demonstrations(400, 0, 1.0) if ":" in row["prompt"]]
+    assert abs(len(shown) / 400 - 0.5) < 0.08
+    for row in shown:
+        question, told = row["prompt"].split("=")
+        rejected, feedback = told.removesuffix(":").split(" ")
+        assert sum(map(int, question.split("+"))) == int(row["completion"]) != int(rejected)
+        assert (int(rejected) < int(row["completion"])) == (feedback == "low")
+    assert "feedback" not in AdditionTask().generate(2, 0).column_names
 
 
 def test_addition_hints_name_carries_and_keep_the_errors_to_the_others():

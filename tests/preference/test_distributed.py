@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 
 from papertrl import (
+    DriftDPOTrainer,
     HypoDPOTrainer,
     IrpoDPOTrainer,
     LnDPOTrainer,
+    OfsDPOTrainer,
     PreferenceTrainer,
     RpoDPOTrainer,
     SemDPOTrainer,
@@ -20,10 +23,12 @@ from papertrl import (
 )
 from papertrl.tiny import tiny_tokenizer
 
-from .common import history, make_trainer, weights
+from .common import history, make_trainer, pairs, weights
 
 TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
 ONLINE = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
+DISTANT = pairs().add_column("sem_distance", [i / 8 for i in range(16)])
+ROUNDS = {"online_iterations": 2, "online_max_new_tokens": 4, "online_num_prompts": 8}
 # Lists of which some do not count, more on one process than on the other
 LISTS = Dataset.from_dict(
     {
@@ -32,12 +37,21 @@ LISTS = Dataset.from_dict(
         "relevance": [[1, 0], [0, 2, 1], [1], [0, 0]] * 4,
     }
 )
+CHASE = {
+    "ofs_alpha": 0.4,
+    "ofs_chasing_interval": 1,
+    "gradient_accumulation_steps": 2,
+    "peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
+}
 RUNS = {
     "dpo": (PreferenceTrainer, {"loss_type": ["sigmoid", "hinge"]}),
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
     "hypo": (HypoDPOTrainer, ONLINE),
-    "sem_dpo": (SemDPOTrainer, {"sem_encoder": "characters", "sem_alpha": 2.0, "sem_normalize": True}),
+    "drift": (DriftDPOTrainer, {**ROUNDS, "dataset": pairs().add_column("feedback", ["low"] * 16)}),
+    "sem_dpo": (SemDPOTrainer, {"dataset": DISTANT, "sem_alpha": 2.0, "sem_normalize": True}),
     "irpo": (IrpoDPOTrainer, {"dataset": LISTS}),
+    "ofs_dpo": (OfsDPOTrainer, CHASE),
+    "hypo_ofs_dpo": (compose(HypoDPOTrainer, OfsDPOTrainer), {**CHASE, **ONLINE}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
 
@@ -57,7 +71,8 @@ def train(tiny_path: str, out: str, world: int) -> None:
             max_grad_norm=0.0,
             **options,
         )
-        start = weights(trainer)
+        trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
+        start = {n: w for n, w in weights(trainer).items() if n in trained}
         trainer.train()
         rows = [{k: v for k, v in row.items() if k != "total_flos"} for row in history(trainer)]
         results[name] = {"start": start, "end": weights(trainer), "history": rows}
@@ -83,7 +98,7 @@ def results(tiny_path, tmp_path_factory):
                     subprocess.Popen(command, env=environment | ranks, cwd=folder, stdout=file, stderr=file)
                 )
         train(tiny_path, str(folder / "one"), world=1)
-        codes = [worker.wait(timeout=150) for worker in workers]
+        codes = [worker.wait(timeout=400) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -207,6 +207,14 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
 
     # --- Rows ---------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def dataset_formats(cls, args: Any) -> tuple[str, ...]:
+        """
+        Formats of [`~papertrl.data.FORMATS`] that the training dataset may have under the config `args`, the best
+        first: a job converts to them. Extend through `super()`.
+        """
+        return ("prompts",) if args.online_iterations > 0 else ("pairs",)
+
     def carried(self) -> list[str]:
         """Columns of prepared rows that the stage *collate* reads. Extend through `super()`."""
         return []
@@ -460,18 +468,7 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
         record.samples = samples
         if self.args.check_records:
             record.check_values()
-        chosen_scores, rejected_scores = self.scores(record)
-        margin = self.margin(record, chosen_scores, rejected_scores)
-        pair_losses = self.pair_losses(record, chosen_scores, rejected_scores, margin)
-        alpha = self.smoothing(record)
-        if alpha is not None:
-            flipped_losses = self.pair_losses(record.flipped(), rejected_scores, chosen_scores, -margin)
-            for term, other in zip(pair_losses, flipped_losses, strict=True):
-                term.values = torch.lerp(term.values, other.values, alpha)
-        weights = self.pair_weights(record)
-        if weights is not None:
-            for term in pair_losses:
-                term.values = term.values * weights
+        pair_losses = self.pair_terms(record)
         extra_terms = self.extra_terms(model, record)
 
         loss = pair_loss = self.reduce_terms(pair_losses)
@@ -483,7 +480,7 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
             for term in extra_terms:
                 self.log_mean(f"loss/{term.name}", term.sum(), term.count())
         self._log_tokens(record)
-        self._log_rewards(record, margin)
+        self._log_rewards(record)
         if not return_outputs:
             return loss
         warnings.warn(
@@ -495,6 +492,23 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
         model_inputs = {k: v for k, v in inputs.items() if k not in _NON_MODEL_KEYS}
         with torch.no_grad():
             return loss, model(**model_inputs, use_cache=False)
+
+    def pair_terms(self, record: PreferenceRecord) -> list[LossTerm]:
+        """The stages from *scores* to *pair weights*: weighted losses of every pair. Sets `record.margins`."""
+        chosen_scores, rejected_scores = self.scores(record)
+        margin = self.margin(record, chosen_scores, rejected_scores)
+        record.margins = margin
+        pair_losses = self.pair_losses(record, chosen_scores, rejected_scores, margin)
+        alpha = self.smoothing(record)
+        if alpha is not None:
+            flipped_losses = self.pair_losses(record.flipped(), rejected_scores, chosen_scores, -margin)
+            for term, other in zip(pair_losses, flipped_losses, strict=True):
+                term.values = torch.lerp(term.values, other.values, alpha)
+        weights = self.pair_weights(record)
+        if weights is not None:
+            for term in pair_losses:
+                term.values = term.values * weights
+        return pair_losses
 
     def reduce_terms(self, terms: list[LossTerm]) -> torch.Tensor:
         """
@@ -552,7 +566,7 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
             self._total_train_tokens = self._total_train_tokens + total["processed"].long() // self._tp_size
         self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self._total_train_tokens]
 
-    def _log_rewards(self, record: PreferenceRecord, margin: torch.Tensor) -> None:
+    def _log_rewards(self, record: PreferenceRecord) -> None:
         chosen_rewards, rejected_rewards = (self.beta * record.logratios.detach()).chunk(2)
         chosen_logps, rejected_logps = record.logps.detach().chunk(2)
         per_pair = {
@@ -561,7 +575,7 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
             "rewards/accuracies": chosen_rewards > rejected_rewards,
             "rewards/margins": chosen_rewards - rejected_rewards,
             # On the scale that the losses see, which methods may have changed
-            "rewards/optimized_margins": self.beta * margin.detach(),
+            "rewards/optimized_margins": self.beta * record.margins.detach(),
             "logps/chosen": chosen_logps,
             "logps/rejected": rejected_logps,
         }

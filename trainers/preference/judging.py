@@ -13,9 +13,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl import apply_chat_template
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
-from .candidates import Completion, Group
+from .candidates import Candidate, Completion, Group
 
 Judge = Callable[[list, list, list], list[float]]
+# Prompts with their candidates, and the keyword arguments of reward functions → scores
+Scorer = Callable[[list[tuple[Group, Candidate]], dict[str, Any]], list[float]]
 
 
 class RewardScorer:
@@ -36,7 +38,8 @@ class RewardScorer:
             Rows per forward of a model.
 
     Raises:
-        `ValueError`: if there are not as many `weights` or `processing_classes` as functions.
+        `ValueError`: if there are not as many `weights` or `processing_classes` as functions, or a model cannot be
+            loaded.
     """
 
     def __init__(
@@ -55,10 +58,10 @@ class RewardScorer:
                 raise ValueError(f"`{name}` must have one entry per reward function ({len(funcs)}), got {len(given)}.")
         self.batch_size = batch_size
         self.names: list[str] = []
-        self.score_by: list[Callable[..., list[float]]] = []
+        self.score_by: list[Scorer] = []
         for func, tokenizer in zip(funcs, tokenizers, strict=True):
             if isinstance(func, str):
-                func = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1)
+                func = _load_reward_model(func)
             if isinstance(func, nn.Module):
                 name = get_config_model_id(func.config)
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
@@ -70,28 +73,30 @@ class RewardScorer:
                 self.names.append(get_callable_name(func))
                 self.score_by.append(_function_scorer(func))
 
-    def _model_scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Callable[..., list[float]]:
+    def _model_scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
         model.eval()
 
         @torch.no_grad()
-        def score(prompts: list, completions: list, **columns: Any) -> list[float]:
-            if isinstance(prompts[0], str):
-                texts = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
+        def score(members: list[tuple[Group, Candidate]], _: dict[str, Any]) -> list[float]:
+            plain = isinstance(members[0][0].row["prompt"], str)
+            if plain:
+                # TRL's `RewardTrainer` ends each text so; one that was cut off did not end
+                ends = {True: tokenizer.eos_token or "", False: ""}
+                texts = [group.row["prompt"] + c.completion + ends[c.finished] for group, c in members]
             else:
-                chats = [{"messages": p + c} for p, c in zip(prompts, completions, strict=True)]
+                chats = [{"messages": group.row["prompt"] + c.completion} for group, c in members]
                 texts = [apply_chat_template(chat, tokenizer)["text"] for chat in chats]
-            # A template writes the special tokens itself; added ones would double them
-            special = isinstance(prompts[0], str)
             scores = []
             for start in range(0, len(texts), self.batch_size):
                 inputs = tokenizer(
                     texts[start : start + self.batch_size],
                     padding=True,
                     padding_side="right",
-                    add_special_tokens=special,
+                    # A template writes the special tokens itself; added ones would double them
+                    add_special_tokens=plain,
                     return_tensors="pt",
                 ).to(model.device)
                 scores += model(**inputs).logits[:, 0].float().tolist()
@@ -111,7 +116,7 @@ class RewardScorer:
             "completion_ids": [candidate.completion_ids for _, candidate in members],
             "trainer_state": trainer_state,
         }
-        by_function = [score(**{**columns, **inputs}) for score in self.score_by]
+        by_function = [score(members, {**columns, **inputs}) for score in self.score_by]
         for i, (_, candidate) in enumerate(members):
             given = [math.nan if scores[i] is None else float(scores[i]) for scores in by_function]
             candidate.rewards = dict(zip(self.names, given, strict=True))
@@ -119,10 +124,19 @@ class RewardScorer:
             candidate.score = sum(counted) if counted else math.nan
 
 
-def _function_scorer(func: Callable) -> Callable[..., list[float]]:
+def _load_reward_model(name: str) -> nn.Module:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`reward_funcs`: reward model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def _function_scorer(func: Callable) -> Scorer:
     if inspect.iscoroutinefunction(func):
-        return lambda **inputs: asyncio.run(func(**inputs))
-    return func
+        return lambda _, inputs: asyncio.run(func(**inputs))
+    return lambda _, inputs: func(**inputs)
 
 
 def compare(

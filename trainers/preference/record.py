@@ -39,6 +39,8 @@ class PreferenceRecord:
             Load-balancing loss of a mixture of experts, with gradient.
         samples (`dict[str, SampledCompletions]`):
             What methods sampled before the policy's pass, by method name.
+        margins (`torch.Tensor` of shape `(pairs,)`, *optional*):
+            Δ of every pair, with gradient; set after the stage *margin*.
         extras (`dict[str, torch.Tensor]`):
             What methods made of further dataset columns in the stage *collate*, one entry per pair.
         exchanged (`bool`):
@@ -62,6 +64,7 @@ class PreferenceRecord:
     log_sum_sq_probs: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     samples: dict[str, SampledCompletions] = field(default_factory=dict)
+    margins: torch.Tensor | None = None
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     exchanged: bool = False
 
@@ -106,10 +109,11 @@ class PreferenceRecord:
 
     def flipped(self) -> "PreferenceRecord":
         """The same pairs with chosen and rejected exchanged; `extras` and `samples` stay."""
-        stays = ("aux_loss", "samples", "extras", "exchanged")
+        stays = ("aux_loss", "samples", "margins", "extras", "exchanged")
         rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
-        rows = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
-        return replace(self, **rows, exchanged=not self.exchanged)
+        exchanged = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
+        margins = None if self.margins is None else -self.margins
+        return replace(self, **exchanged, margins=margins, exchanged=not self.exchanged)
 
     @property
     def shift_completion_mask(self) -> torch.Tensor:

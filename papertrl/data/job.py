@@ -4,20 +4,18 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
-from .arguments import JobArguments
-from .errors import JobError
-from .tasks import Task, load_task
+from ..arguments import JobArguments
+from ..errors import JobError
+from ..tasks import Task, load_task
+from .converters import as_messages, to_format
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 COLUMNS = {
     "policy": [("prompt",)],
-    "online": [("prompt",)],
-    "preference": [("chosen", "rejected")],
     "supervised": [("text",), ("messages",), ("prompt", "completion"), ("input_ids",)],
 }
 
@@ -89,57 +87,77 @@ def task_data(
     return data
 
 
-def as_messages(dataset: Dataset) -> Dataset:
-    """The dataset with the text of prompts, hints among them, and of answers turned into messages."""
-    roles = {
-        "prompt": "user",
-        "hint": "user",
-        "completion": "assistant",
-        "chosen": "assistant",
-        "rejected": "assistant",
-    }
-    present = {name: role for name, role in roles.items() if name in dataset.column_names}
-
-    def convert(row: dict[str, Any]) -> dict[str, Any]:
-        messages = {name: [{"role": role, "content": row[name]}] for name, role in present.items()}
-        if "hints" in row:
-            messages["hints"] = [[{"role": "user", "content": hint}] for hint in row["hints"]]
-        return messages
-
-    return dataset.map(convert)
-
-
-def dataset_data(family: str, arguments: JobArguments, judges: list[Callable], online: bool = False) -> JobData:
+def dataset_data(
+    family: str,
+    arguments: JobArguments,
+    judges: list[Callable],
+    formats: tuple[str, ...] = (),
+    eval_formats: tuple[str, ...] = (),
+) -> JobData:
     """
-    Load the job's dataset and check its columns.
+    Load the job's dataset and check it.
+
+    Args:
+        formats (`tuple[str, ...]`, *optional*):
+            What preference methods take, the best first: the dataset is converted to one of these. See [`FORMATS`].
+        eval_formats (`tuple[str, ...]`, *optional*):
+            What they are evaluated on. None for no evaluation.
 
     Raises:
-        [`JobError`]: if it cannot be loaded, is empty, or lacks a split or column; the message names what is there.
+        [`JobError`]: if it cannot be loaded, is empty, or lacks a split or column, or if rows of preference data are
+            malformed; the message names what is there.
     """
     dataset = load_splits(arguments)
+    name = arguments.dataset_name
     if arguments.dataset_train_split not in dataset:
         raise JobError(
-            f"Dataset '{arguments.dataset_name}' has no split '{arguments.dataset_train_split}'; it has "
-            f"{sorted(dataset)}. Set `--dataset_train_split`."
+            f"Dataset '{name}' has no split '{arguments.dataset_train_split}'; it has {sorted(dataset)}. Set "
+            "`--dataset_train_split`."
         )
     train = dataset[arguments.dataset_train_split]
     test = dataset.get(arguments.dataset_test_split)
-    check_columns(arguments.dataset_name, train, "online" if online else family)
+    if isinstance(train, Dataset) and len(train) == 0:
+        raise JobError(f"Dataset '{name}' is empty: its training split has no rows. Check the file or the split.")
     problems = None
     if judges and isinstance(test, Dataset) and arguments.held_out_prompts:
         problems = test.select(range(min(len(test), arguments.held_out_prompts)))
+    if family != "preference":
+        check_columns(name, train, family)
+    else:
+        train = preference_rows(name, arguments.dataset_train_split, train, formats)
+        evaluated = test is not None and eval_formats
+        test = preference_rows(name, arguments.dataset_test_split, test, eval_formats) if evaluated else None
+        problems = problems and preference_rows(name, arguments.dataset_test_split, problems, ("prompts",))
     return JobData(train, test, problems, judges, "reward")
+
+
+def preference_rows(
+    name: str, split: str, dataset: Dataset | IterableDataset, formats: tuple[str, ...]
+) -> Dataset | IterableDataset:
+    """
+    The rows in one of `formats`, checked.
+
+    Raises:
+        [`JobError`]: if there is no way from their format to these, a row is malformed, or none is left.
+    """
+    try:
+        dataset = to_format(dataset, formats)
+    except ValueError as error:
+        raise JobError(f"Dataset '{name}', split '{split}': {error}") from error
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise JobError(
+            f"Dataset '{name}', split '{split}': no row is left of which {' or '.join(formats)} can be made."
+        )
+    return dataset
 
 
 def check_columns(name: str, dataset: Dataset | IterableDataset, family: str) -> None:
     """
-    Check that a dataset has rows, and the columns that trainers of `family` read.
+    Check that a dataset has the columns that trainers of `family` read.
 
     Raises:
         [`JobError`]: naming the missing column and those present.
     """
-    if isinstance(dataset, Dataset) and len(dataset) == 0:
-        raise JobError(f"Dataset '{name}' is empty: its training split has no rows. Check the file or the split.")
     present = dataset.column_names
     if present is None:
         present = list(next(iter(dataset)))
