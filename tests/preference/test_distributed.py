@@ -19,6 +19,7 @@ from papertrl import (
     PreferenceTrainer,
     RpoDPOTrainer,
     SemDPOTrainer,
+    SrpoDPOTrainer,
     compose,
 )
 from papertrl.tiny import tiny_tokenizer
@@ -50,6 +51,8 @@ RUNS = {
     "drift": (DriftDPOTrainer, {**ROUNDS, "dataset": pairs().add_column("feedback", ["low"] * 16)}),
     "sem_dpo": (SemDPOTrainer, {"dataset": DISTANT, "sem_alpha": 2.0, "sem_normalize": True}),
     "irpo": (IrpoDPOTrainer, {"dataset": LISTS}),
+    # Short enough that some pairs do not count
+    "srpo": (SrpoDPOTrainer, {"max_length": 16, "beta": 0.3}),
     "ofs_dpo": (OfsDPOTrainer, CHASE),
     "hypo_ofs_dpo": (compose(HypoDPOTrainer, OfsDPOTrainer), {**CHASE, **ONLINE}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
