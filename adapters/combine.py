@@ -163,7 +163,7 @@ def fit_weights(
         total = 0.0
         for batch, reference in zip(batches, references, strict=True):
             with weighted(model, adapters, weights), torch.set_grad_enabled(step < steps):
-                loss = sigmoid(_margins(model, *batch) - reference, beta, 0.0).sum() / len(rows)
+                loss = sigmoid(_margins(model, *batch) - reference, beta).sum() / len(rows)
             if step < steps:
                 loss.backward()
             total += loss.item()

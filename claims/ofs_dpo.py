@@ -6,7 +6,6 @@ from ..evidence import Arm, Claim, Comparison, Metric, Start, greedy_accuracy, k
 
 ACCURACY = Metric("accuracy")
 MARGIN = Metric("rewards/margins")
-GRADIENT = Metric("ofs/grad_norm_default")
 CHASE = {"ofs_slow_lr_ratio": 0.3, "ofs_chasing_interval": 10}
 
 CLAIM = Claim(
@@ -16,8 +15,7 @@ CLAIM = Claim(
     figures="ahead of DPO on summaries, dialogue and sentiment in the domain trained on (figures not confirmed)",
     check="Sorting; the rejected answer swaps two neighbors of the chosen one. LoRA of rank 8 on a model that half "
     "knows the task, at equal steps and rate, which is twice the cost for two adapters. Measured is greedy accuracy, "
-    "with the divergence from the start beside it; against two adapters without chase, the gradient of the first at "
-    "the end.",
+    "with the divergence from the start beside it, also against two adapters without chase.",
     task="sorting",
     start=Start(steps=800),
     settings={
@@ -35,12 +33,12 @@ CLAIM = Claim(
     },
     comparisons=(
         Comparison("OFS-DPO", "DPO", ACCURACY, 0.02),
-        Comparison("OFS-DPO", "no chase", GRADIENT, 0.02),
+        Comparison("OFS-DPO", "no chase", ACCURACY, 0.02),
         Comparison("OFS-DPO", "DPO", MARGIN, 0.1),
         Comparison("OFS-DPO", "DPO", Metric("kl", "lower"), 0.2),
     ),
     tune_on=ACCURACY,
     measures=(greedy_accuracy, kl_to_start),
     evaluations=2,
-    logs=("ofs/role", "ofs/margin_gap", "ofs/grad_norm_slow"),
+    logs=("ofs/role", "ofs/margin_gap", "ofs/grad_norm_default", "ofs/grad_norm_slow"),
 )

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 
 from papertrl import cli
 
-from .conftest import SMALL
+from .conftest import SMALL, flags
 
 
 @pytest.fixture(autouse=True)
@@ -18,9 +19,9 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def refusal(capsys, *argv, code=1):
+def refusal(capsys, *argv, code=1, small=SMALL):
     """What the command line says; asserts one paragraph, no traceback and the exit code."""
-    assert cli.main(["train", *SMALL, *map(str, argv)]) == code
+    assert cli.main(["train", *small, *map(str, argv)]) == code
     error = capsys.readouterr().err.splitlines()
     error = [line for line in error if line.startswith("papertrl: ")] + [line for line in error if "Traceback" in line]
     assert len(error) == 1
@@ -66,6 +67,22 @@ def test_dataset_columns_and_rows(capsys, tmp_path, tiny_path):
     assert "`--reward_funcs`" in refusal(capsys, *model, "--dataset_name", rows)
     rows.write_text("")
     assert "no rows" in refusal(capsys, *model, "--dataset_name", rows, "--reward_funcs", "exact_match")
+
+
+def test_malformed_preference_rows(capsys, tmp_path, tiny_path):
+    command = ["--method", "rpo", "--model_name_or_path", tiny_path, "--dataset_name", tmp_path / "rows.jsonl"]
+    for rows, part in [
+        (
+            '{"prompt": "a", "chosen": "b", "rejected": "c"}\n{"prompt": "a", "chosen": "b"}\n',
+            "Row 1 .*`rejected`: is miss",
+        ),
+        ('{"prompt": "a", "completions": ["b", "c"], "scores": [1.0]}\n', "Row 0 .*`scores`: must be a list of 2"),
+        ('{"question": "a", "answer": "b"}\n', r"\['answer', 'question'\] are no format"),
+    ]:
+        (tmp_path / "rows.jsonl").write_text(rows)
+        assert re.search(
+            f"rows.jsonl', split 'train': .*{part}", refusal(capsys, *command, small=flags(num_generations=None))
+        )
 
 
 REWARDS = """

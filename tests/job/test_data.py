@@ -126,8 +126,10 @@ def test_preference_data_is_converted_to_what_the_methods_take(formats, rows, co
 
 
 def test_formats_that_preference_trainers_take(tmp_path):
-    from papertrl import PreferenceConfig, PreferenceTrainer
+    from papertrl import IrpoDPOConfig, IrpoDPOTrainer, PreferenceConfig, PreferenceTrainer
 
     options = {"output_dir": str(tmp_path), "bf16": False, "use_cpu": True}
     assert PreferenceTrainer.dataset_formats(PreferenceConfig(**options)) == ("pairs",)
     assert PreferenceTrainer.dataset_formats(PreferenceConfig(**options, online_iterations=1)) == ("prompts",)
+    assert IrpoDPOTrainer.dataset_formats(IrpoDPOConfig(**options)) == ("rankings", "pairs")
+    assert IrpoDPOTrainer.dataset_formats(IrpoDPOConfig(**options, irpo_weighting="none")) == ("pairs",)

@@ -44,6 +44,15 @@ def test_other_families_and_combinations(methods, tmp_path, capsys):
     assert "Held-out accuracy (greedy, 8 prompts)" in out
 
 
+def test_rankings_train_a_preference_method(tmp_path, tiny_path, capsys):
+    row = {"prompt": "1+1=", "completions": ["2", "3", "11"], "scores": [1.0, 0.5, 0.0]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    data = ["--model_name_or_path", tiny_path, "--dataset_name", "rows.jsonl", "--gradient_checkpointing", "False"]
+    small = flags(num_generations=None, max_steps=1, report_to="none")
+    assert cli.main(["train", "--method", "rpo", *small, *data, "--output_dir", "out"]) == 0
+    assert "loss/rpo_nll" in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
 def test_default_output_dirs_are_numbered_and_lora_is_saved(tmp_path, capsys):
     for number in (1, 2):
         assert cli.main(["train", *SMALL, "--max_steps", "1", "--use_peft"]) == 0

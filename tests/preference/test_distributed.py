@@ -8,18 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset, disable_progress_bars
+from peft import LoraConfig
 
 from papertrl import (
     DriftDPOTrainer,
     HypoDPOTrainer,
-    HypoDPOTrainer,
     IrpoDPOTrainer,
-    LnDPOTrainer,
-from datasets import disable_progress_bars
-from peft import LoraConfig
-
-from papertrl import (
-    HypoDPOTrainer,
     LnDPOTrainer,
     OfsDPOTrainer,
     PreferenceTrainer,
@@ -33,6 +27,7 @@ from .common import history, make_trainer, pairs, weights
 
 TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
 ONLINE = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
+DISTANT = pairs().add_column("sem_distance", [i / 8 for i in range(16)])
 ROUNDS = {"online_iterations": 2, "online_max_new_tokens": 4, "online_num_prompts": 8}
 # Lists of which some do not count, more on one process than on the other
 LISTS = Dataset.from_dict(
@@ -53,7 +48,7 @@ RUNS = {
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
     "hypo": (HypoDPOTrainer, ONLINE),
     "drift": (DriftDPOTrainer, {**ROUNDS, "dataset": pairs().add_column("feedback", ["low"] * 16)}),
-    "sem_dpo": (SemDPOTrainer, {"sem_encoder": "characters", "sem_alpha": 2.0, "sem_normalize": True}),
+    "sem_dpo": (SemDPOTrainer, {"dataset": DISTANT, "sem_alpha": 2.0, "sem_normalize": True}),
     "irpo": (IrpoDPOTrainer, {"dataset": LISTS}),
     "ofs_dpo": (OfsDPOTrainer, CHASE),
     "hypo_ofs_dpo": (compose(HypoDPOTrainer, OfsDPOTrainer), {**CHASE, **ONLINE}),
@@ -103,7 +98,7 @@ def results(tiny_path, tmp_path_factory):
                     subprocess.Popen(command, env=environment | ranks, cwd=folder, stdout=file, stderr=file)
                 )
         train(tiny_path, str(folder / "one"), world=1)
-        codes = [worker.wait(timeout=150) for worker in workers]
+        codes = [worker.wait(timeout=400) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

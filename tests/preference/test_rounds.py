@@ -492,7 +492,7 @@ def test_two_processes_equal_one(tiny_path, tmp_path):
     ]
     try:
         train(tiny_path, str(tmp_path / "one"), world=1)
-        codes = [worker.wait(timeout=150) for worker in workers]
+        codes = [worker.wait(timeout=400) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -154,6 +154,11 @@ class IrpoDPOTrainer(PreferenceTrainer):
 
     # --- Rows ---------------------------------------------------------------------------------------------------
 
+    @classmethod
+    def dataset_formats(cls, args: Any) -> tuple[str, ...]:
+        formats = super().dataset_formats(args)
+        return ("rankings", *formats) if args.irpo_weighting != "none" and args.online_iterations == 0 else formats
+
     def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
         # Prompts of the online loop stay as they are
         lists = args.irpo_weighting != "none" and dataset is not self._prompts and "completions" in next(iter(dataset))

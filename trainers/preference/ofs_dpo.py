@@ -166,6 +166,10 @@ class OfsDPOTrainer(PreferenceTrainer):
     _scores_slow = False
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
+        args = self.make_config(args, model)
+        if args.ofs_alpha is not None:
+            # A step uses both adapters, but each of its forward passes leaves one out: DDP would take it for unused
+            args.ddp_find_unused_parameters = False
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
         self._module_parameters: dict[str, list[torch.nn.Parameter]] = {}
         self._module_losses = [torch.zeros(())] * 2
@@ -173,8 +177,6 @@ class OfsDPOTrainer(PreferenceTrainer):
         if self.args.ofs_alpha is None:
             return
         self._check_modules()
-        # In every step both adapters are used, but each forward pass leaves one out, which DDP would take for unused
-        self.args.ddp_find_unused_parameters = False
         model = self.model
         model.add_adapter("slow", _plain_copy(model.peft_config["default"]))
         if self.args.disable_dropout:
