@@ -51,6 +51,9 @@ INCOMPATIBLE = {
     ("drift", "rlhf_workflow"): ("pair", {"online_iterations": 0}),
     ("drift", "rso"): ("pair", {"rso_pairing": "none"}),
     ("rlhf_workflow", "rso"): ("pair", {"rso_pairing": "none"}),
+    ("drift", "upo"): ("pair", {"upo_pairing": "none"}),
+    ("rlhf_workflow", "upo"): ("pair", {"upo_pairing": "none"}),
+    ("rso", "upo"): ("pair", {"upo_pairing": "none"}),
     ("irpo", "srpo"): ("pair_losses", {"srpo_alpha": None}),
 }
 
