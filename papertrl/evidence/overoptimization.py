@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from peft import LoraConfig
 
 from ..catalogue import METHODS, load_trainer
 from ..errors import UsageError
@@ -51,7 +52,29 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ln_dpo": {"beta": 1.0},
     "rpo": {"rpo_aggregation": "sequence_mean"},
     "hypo": {"online_kl_coef": 0.05, "online_kl_num_samples": 2, "online_kl_max_new_tokens": 11},
+    "drift": {"online_num_samples": 1, "drift_text_template": "{prompt}{rejected} {feedback}:"},
+    "xpo": {"online_num_samples": 1, "xpo_alpha": [0.005, 0.002, 0.0]},
+    "rso": {"online_iterations": 1, "online_num_samples": 16, "rso_num_samples": 4, "rso_dedup": False},
+    "sem_dpo": {"sem_encoder": "characters"},
+    "irpo": {"irpo_layout": "separate"},
+    "srpo": {"srpo_revision_template": "{prompt}{answer}="},
+    "upo": {"upo_estimator_learning_rate": 1e-3},
+    "ofs_dpo": {"ofs_chasing_interval": 10, "learning_rate": 1e-3},
 }
+
+
+def with_adapter(trainer_class: type) -> type:
+    """The trainer on a LoRA of rank 8."""
+
+    class WithAdapter(trainer_class):
+        def __init__(self, *args, **kwargs):
+            adapter = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            super().__init__(*args, peft_config=adapter, **kwargs)
+
+    return WithAdapter
+
+
+CONTROLS = {"ofs_dpo": with_adapter}
 # Without a method: as a control, and with a stronger pull to the reference, which is the cheapest remedy
 PLAIN = {"DPO": Arm(), "DPO, β = 0.5": Arm(settings={"beta": 0.5}), "DPO, online": Arm(settings=ONLINE)}
 MARKERS = "osD^v<>Pphd*X8"
@@ -78,7 +101,7 @@ def _study_of(methods: tuple[str, ...], *rest: Any) -> OverOptimizationStudy:
 
 def experiment(methods: tuple[str, ...]) -> OverOptimization:
     """The experiment with these methods beside plain DPO."""
-    arms = {**PLAIN, **{name: Arm((name,), _settings(name)) for name in methods}}
+    arms = {**PLAIN, **{name: Arm((name,), _settings(name), control=CONTROLS.get(name)) for name in methods}}
     return OverOptimization(
         method=NAME,
         statement="A policy that is trained on a proxy of what is wanted gains at first, then loses while the proxy "
@@ -87,7 +110,14 @@ def experiment(methods: tuple[str, ...]) -> OverOptimization:
         check="Words that must contain a marker, whose letters beyond four cost more than they are worth; the proxy "
         "pays for every letter.",
         task="marker",
-        task_kwargs={"train_on": "proxy", "letters": 6, "max_length": 10, "cost": 0.08, "proxy_bias": 0.13},
+        task_kwargs={
+            "train_on": "proxy",
+            "letters": 6,
+            "max_length": 10,
+            "cost": 0.08,
+            "proxy_bias": 0.13,
+            "feedback_share": 0.2,
+        },
         settings=SHARED,
         arms=arms,
         comparisons=tuple(Comparison(label, "DPO", TRUE, 0.0) for label in arms if label != "DPO"),

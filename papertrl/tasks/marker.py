@@ -21,7 +21,9 @@ class MarkerTask(ProceduralTask):
     for every letter: where that exceeds `cost`, training on it ends with completions as long as they may be, and the
     true reward falls while the proxy rises.
 
-    [`demonstrations`] have random lengths and letters and lack the marker in a share of `error_share`.
+    [`demonstrations`] have random lengths and letters and lack the marker in a share of `error_share`. A prompt with
+    feedback goes on with an earlier completion and what its reader missed, the `marker` or more letters, as in
+    `cdab:bcd marker:`. Who answers it gets a higher reward.
 
     Args:
         letters (`int`, *optional*, defaults to `8`):
@@ -43,11 +45,14 @@ class MarkerTask(ProceduralTask):
         covered (`int`, *optional*):
             If set, the completions of preference pairs only start with one of the alphabet's first so many letters,
             as offline data cover only part of what a policy can say.
+        feedback_share (`float`, *optional*, defaults to `0.0`):
+            Share of the demonstrations that stand under a prompt with feedback. If above 0, prompts for the online
+            loop have the column `feedback`, about the rejected completion.
 
     Raises:
         `ValueError`: if `letters` is not in [4, 12], `max_length` not in [6, 20], `free_length` not in [3,
-            `max_length`], `cost`, `proxy_bias`, `label_noise` or `longer_share` not in [0, 1], `covered` not in [1,
-            `letters`], or `train_on` unknown.
+            `max_length`], `cost`, `proxy_bias`, `label_noise`, `longer_share` or `feedback_share` not in [0, 1],
+            `covered` not in [1, `letters`], or `train_on` unknown.
     """
 
     name = "marker"
@@ -68,11 +73,13 @@ class MarkerTask(ProceduralTask):
         label_noise: float = 0.0,
         longer_share: float | None = None,
         covered: int | None = None,
+        feedback_share: float = 0.0,
     ):
         check_range(self.name, "letters", letters, 4, 12)
         check_range(self.name, "max_length", max_length, 6, 20)
         check_range(self.name, "free_length", free_length, 3, max_length)
         shares = {"cost": cost, "proxy_bias": proxy_bias, "label_noise": label_noise}
+        shares["feedback_share"] = feedback_share
         for field, value in shares.items():
             check_range(self.name, field, value, 0, 1, float)
         check_choice(self.name, "train_on", train_on, ("true", "proxy"))
@@ -89,6 +96,7 @@ class MarkerTask(ProceduralTask):
         self.label_noise = label_noise
         self.longer_share = longer_share
         self.covered = self.alphabet[:covered]
+        self.feedback_share = feedback_share
         self.max_new_tokens = max_length + 1
         self.instruction = MarkerTask.instruction.format(last=self.alphabet[-1])
 
@@ -99,6 +107,32 @@ class MarkerTask(ProceduralTask):
 
     def demonstrate(self, row: dict[str, Any], rng: random.Random, error_share: float) -> str:
         return self._write(row["prompt"], rng, rng.random() >= error_share, self.max_length)
+
+    def demonstrations(self, n: int, seed: int, error_share: float) -> Dataset:
+        examples = super().demonstrations(n, seed, error_share)
+        if self.feedback_share == 0:
+            return examples
+        rng = random.Random(f"{seed}-feedback")
+        return Dataset.from_list(
+            [
+                self._after_feedback(row["prompt"], rng) if rng.random() < self.feedback_share else row
+                for row in examples
+            ]
+        )
+
+    def _after_feedback(self, prompt: str, rng: random.Random) -> dict[str, str]:
+        while True:
+            rejected, better = (
+                self._write(prompt, rng, right, self.max_length) for right in (rng.random() < 0.5, True)
+            )
+            if self.reward([prompt], [better]) > self.reward([prompt], [rejected]):
+                return {"prompt": f"{prompt}{rejected} {complaint(prompt, rejected)}:", "completion": better}
+
+    def online(self, problems: Dataset) -> Dataset:
+        rows = super().online(problems)
+        if self.feedback_share == 0:
+            return rows
+        return rows.add_column("feedback", list(map(complaint, rows["prompt"], rows["rejected"])))
 
     def preference(self, problems: Dataset) -> Dataset:
         """
@@ -161,3 +195,8 @@ def marker_of(prompt: str) -> str:
     """First and last letter of the prompt's last line, which ends with a colon."""
     letters = prompt.strip().rpartition("\n")[2].removesuffix(":")
     return letters[0] + letters[-1]
+
+
+def complaint(prompt: str, text: str) -> str:
+    """What a reader misses in a completion: the `marker`, or else that it is `longer`."""
+    return "longer" if marker_of(prompt) in text else "marker"

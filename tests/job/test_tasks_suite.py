@@ -348,6 +348,21 @@ def test_marker_pairs_are_labeled_by_the_reward_trained_on():
     assert any(c < r for c, r in zip(*true, strict=True))
 
 
+def test_marker_feedback_says_what_is_missed_and_demonstrations_mend_it():
+    task = MarkerTask(train_on="proxy", feedback_share=0.5)
+    turns = task.online(task.generate(200, 0))
+    assert set(turns["feedback"]) == {"marker", "longer"}
+    for row in turns:
+        assert (row["feedback"] == "marker") == (row["prompt"][0] + row["prompt"][3] not in row["rejected"])
+    shown = [row for row in task.demonstrations(400, 0, 1.0) if row["prompt"].count(":") == 2]
+    assert abs(len(shown) / 400 - 0.5) < 0.08
+    for row in shown:
+        prompt, rejected = row["prompt"][:5], row["prompt"][5:].split(" ")[0]
+        worse, better = task.proxy_reward([prompt] * 2, [rejected, row["completion"]])
+        assert better > worse and prompt[0] + prompt[3] in row["completion"]
+    assert "feedback" not in MarkerTask().online(MarkerTask().generate(2, 0)).column_names
+
+
 @pytest.mark.parametrize("longer_share", [None, 0.0, 0.8, 1.0])
 @pytest.mark.parametrize("label_noise, covered", [(0.0, None), (0.25, 3), (1.0, 1)])
 def test_marker_pairs_follow_the_knobs(longer_share, label_noise, covered):

@@ -397,7 +397,7 @@ class PreferenceRounds:
         partial.mkdir(parents=True)
         pq.write_table(candidates_table(groups, self.iteration), partial / "candidates.parquet")
         if dataset is not None:
-            dataset.to_parquet(partial / "pairs.parquet")
+            pq.write_table(dataset.data.table, partial / "pairs.parquet")
         (partial / PROVENANCE).write_text(json.dumps(self._provenance(groups, dataset), indent=1) + "\n")
         # Complete or not there at all, whenever the run is killed
         partial.rename(folder)
