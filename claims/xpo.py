@@ -41,7 +41,5 @@ CLAIM = Claim(
     tune_on=ACCURACY,
     measures=(sampled_accuracy,),
     evaluations=6,
-    findings="No difference, on average over the run or at its end; an α that is too large costs 0.23. At three "
-    "iterations with as many samples of the reference as of the policy, plain online DPO explores as much "
-    "as this task needs.",
+    findings="No difference, on average over the run or at its end; an α that is too large costs 0.23.",
 )
