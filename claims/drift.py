@@ -55,9 +55,9 @@ CLAIM = Claim(
     measures=(greedy_accuracy, sampled_accuracy),
     evaluations=6,
     findings="On a development seed, at twice the rate and more, DRIFT broke down in the third iteration, at six "
-    "times to no right answer at all: the same rejected answers are pushed down in every iteration, and right ones share "
-    "their tokens. At the rate chosen then it ends ahead of fresh negatives on three of five seeds, by 0.28 to 0.37, "
-    "where these break down, and level on the others. Its gradient does not vanish, but nor does that of fresh "
+    "times to no right answer at all: the same rejected answers are pushed down in every iteration, and right ones "
+    "share their tokens. At the rate chosen then it ends ahead of fresh negatives on three of five seeds, by 0.28 to "
+    "0.37, where these break down, and level on the others. Its gradient does not vanish, but nor does that of fresh "
     "negatives, which is larger on every seed, though half of their pairs are dropped as identical. Iterative DPO, "
     "whose samples a verifier judges, is ahead on every seed; DRIFT has no verifier.",
 )
