@@ -18,8 +18,10 @@ from papertrl import (
     OfsDPOTrainer,
     PreferenceTrainer,
     RpoDPOTrainer,
+    RsoDPOTrainer,
     SemDPOTrainer,
     SrpoDPOTrainer,
+    UpoDPOTrainer,
     compose,
 )
 from papertrl.tiny import tiny_tokenizer
@@ -44,6 +46,18 @@ CHASE = {
     "gradient_accumulation_steps": 2,
     "peft_config": LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"),
 }
+TOURNAMENT = {"online_num_samples": 6, "rso_num_samples": 5, "rso_pairing": "tournament"}
+MIXED = {"upo_estimator_learning_rate": 1e-3, "upo_original_rate": 0.5, "upo_hard_rate": 0.3, "upo_nll_coef": 0.1}
+
+
+def digits(completions, **kwargs):
+    return [float(sum(c.isdigit() for c in text)) for text in completions]
+
+
+def more_digits(prompts, firsts, seconds):
+    return [1 / (1 + 2.0 ** (b - a)) for a, b in zip(digits(firsts), digits(seconds), strict=True)]
+
+
 RUNS = {
     "dpo": (PreferenceTrainer, {"loss_type": ["sigmoid", "hinge"]}),
     "rpo": (RpoDPOTrainer, {**TOKEN_MEAN, "gradient_accumulation_steps": 2}),
@@ -55,6 +69,9 @@ RUNS = {
     "srpo": (SrpoDPOTrainer, {"max_length": 16, "beta": 0.3}),
     "ofs_dpo": (OfsDPOTrainer, CHASE),
     "hypo_ofs_dpo": (compose(HypoDPOTrainer, OfsDPOTrainer), {**CHASE, **ONLINE}),
+    "rso": (RsoDPOTrainer, {**ROUNDS, **TOURNAMENT, "judge": more_digits}),
+    "upo": (UpoDPOTrainer, {"online_iterations": 0, "upo_estimator_learning_rate": 1e-3}),
+    "upo_online": (UpoDPOTrainer, {**ROUNDS, **MIXED, "reward_funcs": digits}),
     "all": (compose(LnDPOTrainer, RpoDPOTrainer, HypoDPOTrainer), {**TOKEN_MEAN, **ONLINE}),
 }
 
