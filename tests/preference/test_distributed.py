@@ -17,11 +17,13 @@ from papertrl import (
     LnDPOTrainer,
     OfsDPOTrainer,
     PreferenceTrainer,
+    RlhfWorkflowDPOTrainer,
     RpoDPOTrainer,
     RsoDPOTrainer,
     SemDPOTrainer,
     SrpoDPOTrainer,
     UpoDPOTrainer,
+    XpoDPOTrainer,
     compose,
 )
 from papertrl.tiny import tiny_tokenizer
@@ -40,6 +42,20 @@ LISTS = Dataset.from_dict(
         "relevance": [[1, 0], [0, 2, 1], [1], [0, 0]] * 4,
     }
 )
+
+
+def varied(completions, **kwargs):
+    return [sum(map(ord, text)) % 7 for text in completions]
+
+
+# ỹ is in some pairs only
+EXPLORE = {
+    **ROUNDS,
+    "reward_funcs": varied,
+    "online_num_samples": 3,
+    "xpo_alpha": [0.1],
+    "online_reference": "previous",
+}
 CHASE = {
     "ofs_alpha": 0.4,
     "ofs_chasing_interval": 1,
@@ -68,6 +84,7 @@ RUNS = {
     # Short enough that some pairs do not count
     "srpo": (SrpoDPOTrainer, {"max_length": 16, "beta": 0.3}),
     "ofs_dpo": (OfsDPOTrainer, CHASE),
+    "rlhf_workflow_xpo": (compose(RlhfWorkflowDPOTrainer, XpoDPOTrainer), EXPLORE),
     "hypo_ofs_dpo": (compose(HypoDPOTrainer, OfsDPOTrainer), {**CHASE, **ONLINE}),
     "rso": (RsoDPOTrainer, {**ROUNDS, **TOURNAMENT, "judge": more_digits}),
     "upo": (UpoDPOTrainer, {"online_iterations": 0, "upo_estimator_learning_rate": 1e-3}),

@@ -1,3 +1,5 @@
+import doctest
+
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -307,3 +309,11 @@ def test_a_number_is_a_schedule_of_one(tmp_path):
 def test_offline_sampler_needs_the_column(tiny_path, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="needs the dataset column 'chosen'"):
         make(tiny_path, tokenizer, tmp_path, xpo_sampler="offline", dataset=prompts().select_columns("prompt"))
+
+
+def test_example_in_the_docstring_runs():
+    (example,) = [e for e in doctest.DocTestFinder().find(XpoDPOTrainer) if e.examples]
+    report = []
+    found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=report.append)
+    assert found.attempted > 5
+    assert found.failed == 0, "".join(report)

@@ -110,6 +110,7 @@ class RlhfWorkflowDPOTrainer(PreferenceTrainer):
 
     ```python
     >>> from copy import deepcopy
+    >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import RlhfWorkflowDPOConfig, RlhfWorkflowDPOTrainer
     >>> from papertrl.tiny import tiny_model, tiny_tokenizer
@@ -120,7 +121,7 @@ class RlhfWorkflowDPOTrainer(PreferenceTrainer):
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)
     >>> args = RlhfWorkflowDPOConfig(
-    ...     "/tmp/rlhf_workflow", online_iterations=1, online_num_samples=4, online_max_new_tokens=4, max_steps=1,
+    ...     mkdtemp(), online_iterations=1, online_num_samples=4, online_max_new_tokens=4, max_steps=1,
     ...     bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, save_strategy="no",
     ... )
     >>> dataset = Dataset.from_dict({"prompt": ["1+1="] * 8})

@@ -5,8 +5,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from datasets import Dataset
-from trl import DPOTrainer
 from trl.trainer.utils import pad
 
 from ...configuration import method_config, method_field
@@ -16,6 +14,7 @@ from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
+from .tokenization import template_options, tokenize_completions
 
 
 @method_config
@@ -95,6 +94,7 @@ class XpoDPOTrainer(PreferenceTrainer):
 
     ```python
     >>> from copy import deepcopy
+    >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import XpoDPOConfig, XpoDPOTrainer
     >>> from papertrl.tiny import tiny_model, tiny_tokenizer
@@ -105,7 +105,7 @@ class XpoDPOTrainer(PreferenceTrainer):
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)
     >>> args = XpoDPOConfig(
-    ...     "/tmp/xpo", online_iterations=1, online_max_new_tokens=4, max_steps=1, bf16=False, use_cpu=True,
+    ...     mkdtemp(), online_iterations=1, online_max_new_tokens=4, max_steps=1, bf16=False, use_cpu=True,
     ...     report_to="none", disable_tqdm=True, save_strategy="no",
     ... )
     >>> dataset = Dataset.from_dict({"prompt": ["1+1="] * 8})
@@ -162,12 +162,14 @@ class XpoDPOTrainer(PreferenceTrainer):
             group.candidates[-1].extras["xpo"] = True
 
     def _add_chosen(self, groups: list[Group]) -> None:
-        rows = [{"prompt": g.row["prompt"], "chosen": g.row["chosen"], "rejected": g.row["chosen"]} for g in groups]
-        prepared = DPOTrainer._prepare_dataset(
-            self, Dataset.from_list(rows), self.processing_class, self.args, "explored"
-        )
-        for group, tokens in zip(groups, prepared["chosen_ids"], strict=True):
-            group.candidates.append(Candidate(group.row["chosen"], tokens, finished=True, source="dataset"))
+        end = self._tokenizer.eos_token
+        for group in groups:
+            chosen = group.row["chosen"]
+            # As TRL does: a chat template ends an answer itself
+            ended = chosen.removesuffix(end) + end if isinstance(chosen, str) else chosen
+            options = template_options(group.row)
+            _, (tokens,) = tokenize_completions(self.processing_class, group.row["prompt"], [ended], options)
+            group.candidates.append(Candidate(chosen, tokens, finished=True, source="dataset"))
 
     def pair(self, groups: list[Group]) -> list[Pair]:
         pairs = super().pair(groups)
