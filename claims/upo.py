@@ -1,0 +1,106 @@
+"""UPO: pairs that a classifier with dropout is sure of have fewer wrong labels, and train a better policy."""
+
+import random
+from statistics import fmean
+
+import torch
+
+from ..evidence import Arm, Claim, Comparison, Metric, Start, greedy_accuracy
+
+ACCURACY = Metric("accuracy")
+WRONG = Metric("upo/wrong_labels", "lower")
+NOISE = 0.3
+# Of all pairs; what UPO's share of the pairs that the estimator agrees with comes to
+DRAWN = 0.3
+
+
+def noisy_pairs(task, count, seed):
+    """The task's pairs, with chosen and rejected exchanged in a share of `NOISE`."""
+    rng = random.Random(seed)
+
+    def label(row):
+        wrong = rng.random() < NOISE
+        sides = (row["rejected"], row["chosen"]) if wrong else (row["chosen"], row["rejected"])
+        return {"chosen": sides[0], "rejected": sides[1], "wrong": float(wrong)}
+
+    return task.preference(task.generate(count, seed)).map(label, load_from_cache_file=False)
+
+
+def counting(trainer_class: type) -> type:
+    """Logs the share of wrong labels among the pairs that are trained on."""
+
+    class Counting(trainer_class):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self._upo_summary["wrong_labels"] = fmean(self.train_dataset["wrong"])
+
+    return Counting
+
+
+def at_random(trainer_class: type) -> type:
+    """The control: as many pairs, drawn at random, as they are labeled."""
+
+    class AtRandom(counting(trainer_class)):
+        def _upo_probabilities(self, pairs, labeled):
+            return torch.full((2, len(pairs)), 0.75)
+
+    return AtRandom
+
+
+def most_confident(trainer_class: type) -> type:
+    """The control: as many pairs, those whose label the same estimator finds most probable in the mean."""
+
+    class MostConfident(counting(trainer_class)):
+        def _upo_probabilities(self, pairs, labeled):
+            mean = super()._upo_probabilities(pairs, labeled).mean(0)
+            kept = torch.zeros_like(mean)
+            kept[mean.topk(round(DRAWN * len(pairs))).indices] = 0.25
+            return (0.5 + kept).expand(2, -1)
+
+    return MostConfident
+
+
+CLAIM = Claim(
+    method="upo",
+    statement="Pairs drawn by the certainty of a classifier whose dropout stays on have fewer wrong labels than pairs "
+    "drawn at random or by margin, and train a better policy.",
+    figures="Length-controlled AlpacaEval 13.0 against 9.1 for DPO, 10.8 without estimator (Zephyr-7B); wrong "
+    "pairs 20, 10 and 3 points fewer than by random, best-against-random and margin selection",
+    check="Sorting; 30% of the pairs have chosen and rejected exchanged. The estimator, made of the start model, "
+    "learns from these labels. Compared are the pairs that UPO draws, as many at random, and as many of those whose "
+    "label the same estimator finds most probable: their share of wrong labels, and the accuracy after DPO on them.",
+    task="sorting",
+    start=Start(steps=800),
+    data=noisy_pairs,
+    train_problems=3000,
+    held_out=128,
+    settings={
+        "per_device_train_batch_size": 64,
+        "max_steps": 60,
+        "learning_rate": 3e-4,
+        "beta": 0.5,
+        "online_iterations": 0,
+        "upo_estimator_learning_rate": 1e-3,
+        "upo_estimator_epochs": 14,
+        "upo_estimator_batch_size": 64,
+        "upo_mc_passes": 5,
+    },
+    arms={
+        "Random pairs": Arm(
+            methods=("upo",), control=at_random, settings={"upo_select_rate": DRAWN, "upo_alpha_mode": "none"}
+        ),
+        "Most confident": Arm(
+            methods=("upo",), control=most_confident, settings={"upo_select_rate": 1.0, "upo_alpha_mode": "none"}
+        ),
+        "UPO": Arm(methods=("upo",), control=counting),
+    },
+    comparisons=(
+        Comparison("UPO", "Random pairs", WRONG, 0.05),
+        Comparison("UPO", "Random pairs", ACCURACY, 0.02),
+        Comparison("UPO", "Most confident", WRONG, 0.02),
+    ),
+    tune_on=ACCURACY,
+    measures=(greedy_accuracy,),
+    evaluations=3,
+    logs=("upo/agreement", "upo/bald", "upo/alpha"),
+)
