@@ -80,9 +80,9 @@ CLAIM = Claim(
         "learning_rate": 3e-4,
         "beta": 0.5,
         "online_iterations": 0,
-        "upo_estimator_learning_rate": 1e-3,
-        "upo_estimator_epochs": 14,
-        "upo_estimator_batch_size": 64,
+        "upo_estimator_learning_rate": 5e-4,
+        "upo_estimator_epochs": 12,
+        "upo_estimator_batch_size": 32,
         "upo_mc_passes": 5,
     },
     arms={
