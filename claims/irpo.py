@@ -80,4 +80,6 @@ CLAIM = Claim(
     measures=(ranking,),
     start=Start(steps=400, error_share=1.0),
     evaluations=5,
+    findings="The margin over DPO on a pair is there on every seed, at the first place as well. Without relevance in "
+    "the weights, results differ by seed between 0.02 and 0.51 below.",
 )

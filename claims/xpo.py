@@ -41,4 +41,5 @@ CLAIM = Claim(
     tune_on=ACCURACY,
     measures=(sampled_accuracy,),
     evaluations=6,
+    findings="No difference, on average over the run or at its end; an α that is too large costs 0.23.",
 )

@@ -299,18 +299,17 @@ def check_judges(job: Job) -> None:
         [`JobError`]: naming the flag.
     """
     arguments, family = job.arguments, job.trainer_class.family
-    online = " without `--online_iterations`" if family == "preference" else ""
+    samples_nothing = f"{', '.join(job.methods)} samples nothing to judge" + (
+        " unless `--online_iterations` is set" if family == "preference" else ""
+    )
     for flag in ("reward_funcs", "reward_model"):
         if getattr(arguments, flag) and not is_judged(job):
             raise JobError(
-                f"`{flag}` is for policy methods and the online loop of preference methods; "
-                f"{', '.join(job.methods)} learn without{online}. Drop the flag."
+                f"`{flag}` is for policy methods and the online loop of preference methods; {samples_nothing}. Drop "
+                "the flag."
             )
     if arguments.judge and not pairs_online(job):
-        raise JobError(
-            f"`judge` is for the online loop of preference methods; {', '.join(job.methods)} learn without{online}. "
-            "Drop the flag."
-        )
+        raise JobError(f"`judge` is for the online loop of preference methods; {samples_nothing}. Drop the flag.")
     if arguments.judge and (arguments.reward_funcs or arguments.reward_model):
         raise JobError("`judge` and rewards are both set, and either scores completions; drop one.")
 

@@ -104,7 +104,7 @@ def experiment(methods: tuple[str, ...]) -> OverOptimization:
     arms = {**PLAIN, **{name: Arm((name,), _settings(name), control=CONTROLS.get(name)) for name in methods}}
     return OverOptimization(
         method=NAME,
-        statement="A policy that is trained on a proxy of what is wanted gains at first, then loses while the proxy "
+        statement="A policy that is trained on a proxy of what is wanted may gain at first, then lose while the proxy "
         "rises on.",
         figures="",
         check="Words that must contain a marker, whose letters beyond four cost more than they are worth; the proxy "

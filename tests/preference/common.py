@@ -93,6 +93,11 @@ def recorded(trainer, mode: str = "train") -> dict[str, float]:
     return metrics
 
 
+def of_trl(metrics: dict) -> dict:
+    """Without what the base logs beside TRL's metrics."""
+    return {name: value for name, value in metrics.items() if not name.endswith("rewards/optimized_margins")}
+
+
 def history(trainer, skip=("train_runtime", "train_samples_per_second", "train_steps_per_second")) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in skip} for row in trainer.state.log_history]
 

@@ -18,6 +18,7 @@ from .common import (
     history,
     loss_and_gradients,
     make_trainer,
+    of_trl,
     pairs,
     perturbed,
     recorded,
@@ -63,11 +64,6 @@ def both(tiny_path, tokenizer, tmp_path, model=None, **options):
         )
         for cls, config_class in ((DPOTrainer, DPOConfig), (PreferenceTrainer, PreferenceConfig))
     ]
-
-
-def of_trl(metrics: dict) -> dict:
-    """Without what the base logs beside TRL's metrics."""
-    return {name: value for name, value in metrics.items() if not name.endswith("rewards/optimized_margins")}
 
 
 def assert_equal_step(parent, base):

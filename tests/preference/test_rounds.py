@@ -170,8 +170,9 @@ def test_several_rewards_and_a_reward_model(tiny_path, tokenizer, tmp_path):
     funcs = [str(tmp_path / "judge"), digits, sometimes]
     online(tiny_path, tokenizer, tmp_path / "out", reward_funcs=funcs, **options).train()
     for row in rounds(tmp_path / "out", "candidates")[0]:
-        for text, score, by_model in zip(row["completions"], row["scores"], row["reward_judge"], strict=True):
-            inputs = tokenizer(row["prompt"] + text, return_tensors="pt")
+        columns = (row[name] for name in ("completions", "scores", "reward_judge", "finished"))
+        for text, score, by_model, finished in zip(*columns, strict=True):
+            inputs = tokenizer(row["prompt"] + text + tokenizer.eos_token * finished, return_tensors="pt")
             given = model(**inputs).logits.item()
             assert by_model == pytest.approx(given, abs=1e-5)
             third = 0.0 if text[:1].isdigit() else 1.0

@@ -192,15 +192,15 @@ def test_offline_selects_among_the_dataset_s_pairs(tiny_path, tokenizer, tmp_pat
         TokenizedPair(*ids)
         for ids in zip(*(rows[c] for c in ("prompt_ids", "chosen_ids", "rejected_ids")), strict=True)
     ]
-    torch.manual_seed(trainer.round_random("upo").getrandbits(48))
+    seed = trainer.round_random("upo").getrandbits(48)
+    torch.manual_seed(seed)
     backbone = AutoModel.from_config(whole.model.config)
     backbone.load_state_dict(whole.model.model.state_dict())
     classifier = PairClassifier(backbone, 0.1)
     fit(classifier, some, 2, 1e-3, 4)
     probabilities = label_probabilities(classifier, some, 3, 4)
     uncertainty, eligible = bald(probabilities), majority_agrees(probabilities)
-    generator = torch.Generator().manual_seed(trainer.round_random("upo draw").getrandbits(48))
-    easy, _ = draw_pairs(uncertainty, eligible, 1.0, 0.5, 0.0, generator)
+    easy, _ = draw_pairs(uncertainty, eligible, 1.0, 0.5, 0.0, torch.Generator().manual_seed(seed))
     assert trainer.train_dataset["prompt"] == [rows[i]["prompt"] for i in easy.tolist()]
     assert len(easy) == max(1, round(0.5 * int(eligible.sum())))
     torch.testing.assert_close(

@@ -129,7 +129,8 @@ class PreferenceRounds:
                 reward_funcs, args.online_reward_weights, processing_classes, self.accelerator, args.online_batch_size
             )
         self.judge_func = judge
-        self._round_pairs: dict[int, Dataset] = {}
+        self._round_pairs: dict[int, Dataset | None] = {}
+        self._round_metrics: dict[str, float] = {}
         self._entered: int | None = None
         self._order: list[int] = []
         # Of the iteration for which the reference is right
@@ -335,7 +336,7 @@ class PreferenceRounds:
 
     def _run_round(self) -> Dataset | None:
         """Pairs of this iteration, written to the output directory; `None` if there is none."""
-        self._round_metrics: dict[str, float] = {}
+        self._round_metrics = {}
         with torch.random.fork_rng():
             groups = self._judged_groups()
             pairs = self.select_pairs(self.pair(groups))

@@ -140,9 +140,9 @@ class UpoDPOTrainer(PreferenceTrainer):
     α by default from B, because the printed 1/(1 + P) is close to 1 and would turn labels around. The authors' code
     trains plain DPO.
 
-    With the default dropout B was 0.002 to 0.02 nats in our runs: most of the selection is then the vote of the passes,
-    and the default α hardly smooths. A classifier that has learned nothing says ½ with little uncertainty too; watch
-    `upo/confidence`, the mean distance of its probabilities from ½.
+    With the default dropout B was 0.002 to 0.02 nats in our runs: most of the selection is then the vote of the
+    passes, and the default α hardly smooths. A classifier that has learned nothing says ½ with little uncertainty
+    too: watch `confidence`, the mean distance of its probabilities from ½, and let it learn longer.
 
     Left out are further samplings of the authors' code (a random quarter of the pairs, the 30% of largest margin, the
     dataset's answer among the candidates), adapters in the estimator, and the division of the likelihood by the
@@ -311,18 +311,40 @@ class UpoDPOTrainer(PreferenceTrainer):
     def _upo_select(
         self, pairs: list[TokenizedPair], labeled: list[TokenizedPair]
     ) -> tuple[list[int], dict[str, list[float]], dict[str, float]]:
-        """Draw among `pairs`: their places, their columns, and a summary; the same on every rank."""
+        """
+        Train the estimator on `labeled` and draw among `pairs`: their places, their columns, and a summary.
+
+        The same on every rank, and without a trace in the global generators.
+        """
         args = self.args
-        probabilities = self._upo_probabilities(pairs, labeled)
+        seed = self.round_random("upo").getrandbits(48)
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            backbone, read = self._upo_backbone()
+            classifier = PairClassifier(backbone.to(self.accelerator.device), args.upo_dropout)
+            batch_size = args.upo_estimator_batch_size
+            labeled, pairs = map(read, labeled), list(map(read, pairs))
+            loss = fit(
+                classifier, list(labeled), args.upo_estimator_epochs, args.upo_estimator_learning_rate, batch_size
+            )
+            # What this rank finds, kernels that do not add in a fixed order may find otherwise elsewhere
+            found = [label_probabilities(classifier, pairs, args.upo_mc_passes, batch_size)]
+        broadcast_object_list(found)
+        (probabilities,) = found
         uncertainty, eligible = bald(probabilities), majority_agrees(probabilities)
-        generator = torch.Generator().manual_seed(self.round_random("upo draw").getrandbits(48))
         easy, hard = draw_pairs(
-            uncertainty, eligible, args.upo_mu, args.upo_select_rate, args.upo_hard_rate, generator
+            uncertainty,
+            eligible,
+            args.upo_mu,
+            args.upo_select_rate,
+            args.upo_hard_rate,
+            torch.Generator().manual_seed(seed),
         )
         weights = selection_probabilities(uncertainty, eligible, args.upo_mu)
         alpha = smoothing_alpha(uncertainty, weights, eligible, args.upo_alpha_mode, args.upo_alpha_max)
         places = torch.cat([easy, hard])
         summary = {
+            "estimator_loss": loss,
             "agreement": eligible.float().mean().item(),
             "bald": uncertainty.mean().item(),
             "confidence": (probabilities.mean(0) - 0.5).abs().mean().item(),
@@ -331,22 +353,6 @@ class UpoDPOTrainer(PreferenceTrainer):
         }
         columns = {"upo_alpha": alpha[places].tolist(), "upo_bald": uncertainty[places].tolist()}
         return places.tolist(), columns, summary
-
-    def _upo_probabilities(self, pairs: list[TokenizedPair], labeled: list[TokenizedPair]) -> torch.Tensor:
-        """What passes of an estimator that learned from `labeled` say of `pairs`, `(passes, pairs)`."""
-        args = self.args
-        size = args.upo_estimator_batch_size
-        with torch.random.fork_rng():
-            torch.manual_seed(self.round_random("upo").getrandbits(48))
-            backbone, read = self._upo_backbone()
-            classifier = PairClassifier(backbone.to(self.accelerator.device), args.upo_dropout)
-            fit(
-                classifier, list(map(read, labeled)), args.upo_estimator_epochs, args.upo_estimator_learning_rate, size
-            )
-            found = [label_probabilities(classifier, list(map(read, pairs)), args.upo_mc_passes, size)]
-        # All ranks work, so that none waits too long, but kernels that add in any order need not agree
-        broadcast_object_list(found)
-        return found[0]
 
     def _upo_backbone(self) -> tuple[PreTrainedModel, Callable[[TokenizedPair], TokenizedPair]]:
         """A model to make an estimator of, and how pairs are read with its vocabulary."""
