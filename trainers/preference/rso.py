@@ -227,6 +227,7 @@ class RsoDPOTrainer(PreferenceTrainer):
         for group in groups:
             rng = self.round_random("rso", group.index)
             candidates = group.scored()
+            before += candidates
             rng.shuffle(candidates)
             rewards = [candidate.score for candidate in candidates]
             places, distinct_rewards = collapse_equal([str(c.completion) for c in candidates], rewards)
@@ -235,7 +236,6 @@ class RsoDPOTrainer(PreferenceTrainer):
                 candidates, rewards = [candidates[place] for place in places], distinct_rewards
             outcomes.append(rejection_sample(rewards, args.rso_num_samples, args.rso_beta, rng))
             accepted.append([candidates[i] for i in outcomes[-1].indices])
-            before += candidates
         after = [candidate for group in accepted for candidate in group]
         if after:
             visits = sum(outcome.visits for outcome in outcomes)
@@ -243,7 +243,7 @@ class RsoDPOTrainer(PreferenceTrainer):
                 {
                     "rso_acceptance": len(after) / max(visits, len(after)),
                     "rso_passes": fmean(outcome.passes for outcome in outcomes),
-                    "rso_unique_share": sum(unique) / sum(len(group.scored()) for group in groups),
+                    "rso_unique_share": sum(unique) / len(before),
                     "rso_score_before": fmean(candidate.score for candidate in before),
                     "rso_score_after": fmean(candidate.score for candidate in after),
                 }
