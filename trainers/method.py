@@ -184,10 +184,13 @@ class MethodTrainer:
 
     def log_mean(self, name: str, total: torch.Tensor, count: torch.Tensor) -> None:
         """Record the mean over all ranks of something that sums to `total` over `count` items on this one."""
-        totals = self.accelerator.reduce(
-            torch.stack([total.detach().float(), count.detach().float()]), reduction="sum"
-        )
-        self.log_metric(name, totals[0] / totals[1].clamp(min=1.0))
+        self.log_means({name: (total, count)})
+
+    def log_means(self, sums: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """[`log_mean`] of several metrics, of which each has its total and its count, in one reduction."""
+        local = torch.stack([torch.stack([part.detach().float() for part in parts]) for parts in sums.values()])
+        for name, (total, count) in zip(sums, self.accelerator.reduce(local, reduction="sum"), strict=True):
+            self.log_metric(name, total / count.clamp(min=1.0))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for values in self._metrics["train" if self.model.training else "eval"].values():

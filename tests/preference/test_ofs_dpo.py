@@ -9,7 +9,15 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from papertrl import LnDPOTrainer, OfsDPOConfig, OfsDPOTrainer, compose
+from papertrl import (
+    IrpoDPOTrainer,
+    LnDPOTrainer,
+    OfsDPOConfig,
+    OfsDPOTrainer,
+    SemDPOTrainer,
+    SrpoDPOTrainer,
+    compose,
+)
 from papertrl.losses.preference.ofs_dpo import chase
 from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.ofs_dpo import Roles
@@ -159,6 +167,34 @@ def test_without_chase_it_is_two_runs_of_dpo(tiny_path, tokenizer, tmp_path):
         assert any((end[n] - p).abs().max() > 1e-3 for n, p in start.items())
         for n, p in adapter(trainer, name).items():
             torch.testing.assert_close(p, end[n], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [IrpoDPOTrainer, LnDPOTrainer, SemDPOTrainer, SrpoDPOTrainer])
+def test_slow_module_is_trained_by_the_other_methods_loss(method, tiny_path, tokenizer, tmp_path):
+    needed = {"sem_encoder": "characters"} if method is SemDPOTrainer else {}
+    trainer = ofs(tiny_path, tokenizer, tmp_path, compose(OfsDPOTrainer, method), ofs_alpha=0.0, beta=0.5, **needed)
+    move(trainer)
+    with torch.no_grad():
+        for fast, slow in zip(*trainer._module_parameters.values(), strict=True):
+            slow.copy_(fast)
+    passes = []
+    reference = trainer.reference_model
+    trainer.reference_model = lambda: passes.append(1) or reference()
+    _, gradients = loss_and_gradients(trainer, first_batch(trainer))
+    by_module = [
+        {name.replace(f".{module}", ""): g for name, g in gradients.items() if f".{module}." in name}
+        for module in ("default", "slow")
+    ]
+    assert by_module[0].keys() == by_module[1].keys()
+    for name, gradient in by_module[0].items():
+        torch.testing.assert_close(by_module[1][name], gradient)
+    assert max(gradient.abs().max() for gradient in by_module[1].values()) > 1e-3
+    alone = ofs(tiny_path, tokenizer, tmp_path, method, beta=0.5, **needed)
+    counted, passes[:] = len(passes), []
+    reference_alone = alone.reference_model
+    alone.reference_model = lambda: passes.append(1) or reference_alone()
+    loss_and_gradients(alone, first_batch(alone))
+    assert counted == len(passes)
 
 
 def test_chase_spreads_the_modules_and_logs_it(tiny_path, tokenizer, tmp_path):

@@ -108,11 +108,21 @@ def ask(page, prompt):
 
 
 def longest_answer(page, tokens):
-    field = page.get_by_label("Longest answer").locator("visible=true").first
-    if not field.is_visible():
+    field = page.get_by_label("Longest answer").locator("visible=true")
+    if not field.first.is_visible():
         page.get_by_role("button", name="Generation settings").first.click()
-    field.fill(str(tokens))
-    page.keyboard.press("Enter")
+
+    def settled():
+        # While Gradio mounts the slider, what is typed into it is lost
+        if {entry.input_value() for entry in field.all()} == {str(tokens)}:
+            return True
+        field.first.fill(str(tokens))
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(300)
+        return False
+
+    field.first.wait_for()
+    wait_for(page, settled)
 
 
 def open_tab(page, name):

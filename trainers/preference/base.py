@@ -39,6 +39,8 @@ PINNED = {
     "trl.models.utils.unwrap_model_for_generation": "583d1303c5c55405c0c7b62819e64a19",
     "transformers.trainer.Trainer._run_epoch": "31aff00f34c302a241b458727e59ae4b",
     "transformers.trainer.Trainer.get_batch_samples": "0b3727386f73f67053b12b91e01c6967",
+    "trl.data_utils.common_prefix_length": "34e85554d52b8011c30a25cca000048c",
+    "trl.trainer.utils.pad": "5b5cbf5245d686e0d2530e5130eaf2b6",
     "trl.data_utils._tokenize": "5fc8cbcb4cacebc870c17a57f95786a8",
     "trl.distributed.DistributedBackend": "df5f1ebf26636f63193beaf5e23301d4",
 }
@@ -297,8 +299,7 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
             ref_per_token_logps = None
             ref_logps = torch.cat([inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]])
         else:
-            with self.reference_model() as reference:
-                ref_per_token_logps = self._score(reference, model_inputs, completion_mask)["log_probs"]
+            ref_per_token_logps = self.reference_logps(model_inputs, completion_mask)
             ref_logps = sequence_logps(ref_per_token_logps, shift_mask, self.ld_alpha)
         return PreferenceRecord(
             input_ids=inputs["input_ids"],
@@ -432,9 +433,13 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
         if role == "policy":
             return self._score(model, model_inputs, completion_mask)["log_probs"]
         if role == "reference":
-            with self.reference_model() as reference:
-                return self._score(reference, model_inputs, completion_mask)["log_probs"]
+            return self.reference_logps(model_inputs, completion_mask)
         raise ValueError(f"`role` must be 'policy' or 'reference', got {role!r}.")
+
+    def reference_logps(self, model_inputs: dict[str, Any], completion_mask: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of completion tokens under the reference, `(rows, length − 1)`; without gradient."""
+        with self.reference_model() as reference:
+            return self._score(reference, model_inputs, completion_mask)["log_probs"]
 
     @contextmanager
     def reference_model(self):

@@ -241,8 +241,7 @@ class IrpoDPOTrainer(PreferenceTrainer):
         scored = (extras["irpo_item_index"][exists].cummax(1).values > 0) * rows["attention_mask"]
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         outputs = self._score(model, {**rows, **router}, scored)
-        with self.reference_model() as reference:
-            ref_logps = self._score(reference, rows, scored)["log_probs"]
+        ref_logps = self.reference_logps(rows, scored)
         fields = {"per_token_logps": outputs["log_probs"], "ref_per_token_logps": ref_logps}
         observed = ("entropy", "mean_logits", "is_top1", *(["log_sum_sq_probs"] if self.use_weighting else []))
         fields |= {name: outputs[name].detach() for name in observed}
@@ -311,6 +310,4 @@ class IrpoDPOTrainer(PreferenceTrainer):
             "skipped_lists": ((~counts).sum(), lists),
             "dropped_items": (listed - present.sum(), listed),
         }
-        local = torch.stack([torch.stack([total.float(), count.float()]) for total, count in means.values()])
-        for name, (total, count) in zip(means, self.accelerator.reduce(local, reduction="sum"), strict=True):
-            self.log_metric(f"irpo/{name}", total / count.clamp(min=1.0))
+        self.log_means({f"irpo/{name}": sums for name, sums in means.items()})

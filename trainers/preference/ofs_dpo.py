@@ -4,7 +4,7 @@ import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from ...configuration import method_config, method_field
 from ...losses.preference.ofs_dpo import chase
-from ...losses.preference.scores import sequence_logps
 from ..method import Method
 from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
@@ -173,6 +172,7 @@ class OfsDPOTrainer(PreferenceTrainer):
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
         self._module_parameters: dict[str, list[torch.nn.Parameter]] = {}
         self._module_losses = [torch.zeros(())] * 2
+        self._reference_logps: list[torch.Tensor] = []
         self._roles = Roles()
         if self.args.ofs_alpha is None:
             return
@@ -256,7 +256,16 @@ class OfsDPOTrainer(PreferenceTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._thaw()
 
+    def reference_logps(self, model_inputs: dict[str, Any], completion_mask: torch.Tensor) -> torch.Tensor:
+        if self._scores_slow:
+            # The reference says the same again, whichever module is compared with it
+            return self._reference_logps.pop(0)
+        logps = super().reference_logps(model_inputs, completion_mask)
+        self._reference_logps.append(logps)
+        return logps
+
     def _compute_loss(self, model, inputs, return_outputs):
+        self._batch, self._reference_logps = inputs, []
         outcome = super()._compute_loss(model, inputs, return_outputs)
         # A pass of the reference switches adapters, too
         self._thaw()
@@ -275,7 +284,8 @@ class OfsDPOTrainer(PreferenceTrainer):
         if alpha is None or not self.model.training:
             return terms
         with self._slow_module():
-            slow_record = self._policy_record(model, record)
+            slow_record = self.statistics(model, self._batch)
+            slow_record.samples = record.samples
             slow_terms = self.pair_terms(slow_record)
         self._roles.observe(self.accelerator.reduce(torch.stack(self._module_losses), reduction="mean"))
         margins = (record.margins, slow_record.margins)
@@ -291,23 +301,6 @@ class OfsDPOTrainer(PreferenceTrainer):
             LossTerm("ofs_chase", leads, coef=alpha),
             LossTerm("ofs_chased", follows, coef=-alpha),
         ]
-
-    def _policy_record(self, model: torch.nn.Module, record: PreferenceRecord) -> PreferenceRecord:
-        """The record with what the active module says in place of the other one; the reference is the same."""
-        inputs = {"input_ids": record.input_ids, "attention_mask": record.attention_mask}
-        outputs = self._score(model, inputs, record.completion_mask)
-        optional = (
-            {} if record.log_sum_sq_probs is None else {"log_sum_sq_probs": outputs["log_sum_sq_probs"].detach()}
-        )
-        return replace(
-            record,
-            per_token_logps=outputs["log_probs"],
-            logps=sequence_logps(outputs["log_probs"], record.shift_completion_mask, self.ld_alpha),
-            entropy=outputs["entropy"].detach(),
-            mean_logits=outputs["mean_logits"].detach(),
-            is_top1=outputs["is_top1"],
-            **optional,
-        )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self._roles.decide(self.state.global_step // self.args.ofs_chasing_interval)

@@ -231,14 +231,14 @@ class SrpoDPOTrainer(PreferenceTrainer):
 
     def _log_game(self, terms: list[LossTerm], improvements: torch.Tensor, counts: torch.Tensor) -> None:
         pairs = counts.sum()
-        means = {f"loss/{term.name}": (term.sum().detach(), pairs) for term in terms} | {
-            "srpo/improver_margins": ((self.beta * improvements.mean(1) * counts).sum(), pairs),
-            "srpo/improver_accuracies": (((improvements > 0).float().mean(1) * counts).sum(), pairs),
-            "srpo/dropped_pairs": ((~counts).sum(), torch.ones_like(counts).sum()),
-        }
-        local = torch.stack([torch.stack([total.float(), count.float()]) for total, count in means.values()])
-        for name, (total, count) in zip(means, self.accelerator.reduce(local, reduction="sum"), strict=True):
-            self.log_metric(name, total / count.clamp(min=1.0))
+        self.log_means(
+            {
+                **{f"loss/{term.name}": (term.sum(), pairs) for term in terms},
+                "srpo/improver_margins": ((self.beta * improvements.mean(1) * counts).sum(), pairs),
+                "srpo/improver_accuracies": (((improvements > 0).float().mean(1) * counts).sum(), pairs),
+                "srpo/dropped_pairs": ((~counts).sum(), torch.ones_like(counts).sum()),
+            }
+        )
 
 
 # The improver's sequences: the answer that it is to improve on, and the one that is scored
