@@ -11,15 +11,13 @@ import torch
 from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
-from trl.data_utils import is_conversational, maybe_apply_chat_template
 from trl.trainer.utils import selective_log_softmax
 
 from ..losses.preference.pair_losses import sigmoid
+from ..trainers.preference.tokenization import stack_sequences, template_options, tokenize_completions, with_end
 
 RECORD = "combination.json"
-SIDES = ("chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -148,11 +146,12 @@ def fit_weights(
         batch_size (`int`, *optional*, defaults to `16`):
             Pairs in memory at a time; it changes nothing else.
     """
-    rows = [_tokenized(row, tokenizer) for row in memory]
-    batches = [
-        _collated(rows[start : start + batch_size], tokenizer.pad_token_id, model.device)
-        for start in range(0, len(rows), batch_size)
-    ]
+    rows = [_sequences(row, tokenizer) for row in memory]
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        parts = stack_sequences(rows[start : start + batch_size], slice(None), tokenizer.pad_token_id)
+        # All chosen sequences, then their rejected partners
+        batches.append([part.transpose(0, 1).flatten(0, 1).to(model.device) for part in parts])
     with torch.no_grad(), model.disable_adapter():
         references = [_margins(model, *batch) for batch in batches]
     weights = torch.full((len(adapters),), 1 / len(adapters), device=model.device, requires_grad=True)
@@ -223,29 +222,11 @@ def _check(adapters: Sequence, memories: Sequence, weights: Sequence[float] | No
                 )
 
 
-def _tokenized(row: dict, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], list[int]]:
-    """Tokens of prompt, chosen and rejected completion, as TRL's DPO trainer makes them."""
-    texts = maybe_apply_chat_template(row, tokenizer)
-    end = "" if is_conversational(row) else tokenizer.eos_token
-    special = not is_conversational(row)
-    prompt, *full = (
-        tokenizer(text, add_special_tokens=special)["input_ids"]
-        for text in (texts["prompt"], *(texts["prompt"] + texts[side].removesuffix(end) + end for side in SIDES))
-    )
-    # A token may span the end of the prompt
-    start = next((i for i, tokens in enumerate(zip(prompt, *full, strict=False)) if len(set(tokens)) > 1), len(prompt))
-    start = min(start, *map(len, full))
-    return prompt[:start], full[0][start:], full[1][start:]
-
-
-def _collated(rows: list[tuple], pad_token_id: int, device: torch.device) -> tuple[torch.Tensor, ...]:
-    """Ids, attention mask and completion mask of chosen sequences, then of their rejected partners."""
-    sequences = [(row[0], row[side]) for side in (1, 2) for row in rows]
-    ids = [torch.tensor(prompt + completion) for prompt, completion in sequences]
-    scored = [torch.tensor([0] * len(prompt) + [1] * len(completion)) for prompt, completion in sequences]
-    attention = [torch.ones_like(row) for row in ids]
-    pads = ((ids, pad_token_id), (attention, 0), (scored, 0))
-    return tuple(pad_sequence(part, batch_first=True, padding_value=pad).to(device) for part, pad in pads)
+def _sequences(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int], list[int]]]:
+    """Tokens of prompt and completion of the chosen and of the rejected side, and which of them are scored."""
+    completions = [with_end(tokenizer, row[side]) for side in ("chosen", "rejected")]
+    prompt, completions = tokenize_completions(tokenizer, row["prompt"], completions, template_options(row))
+    return [(prompt, tokens, [1] * len(tokens)) for tokens in completions]
 
 
 def _margins(

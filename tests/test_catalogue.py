@@ -2,6 +2,8 @@
 
 import ast
 import dataclasses
+import doctest
+import importlib
 import inspect
 import itertools
 import math
@@ -84,6 +86,19 @@ def test_declaration_is_complete(name):
         assert f"{own} (`" in config.__doc__
     for section in ("Relations:", "Paper:", "Example:"):
         assert section in trainer.__doc__
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_example_in_the_docstring_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(f"papertrl.trainers.{METHODS[name]}.{name}")
+    (example,) = [e for e in doctest.DocTestFinder().find(load_trainer(name), module=module) if e.examples]
+    # Those of the policy family name a model of the Hub
+    skipped = [e for e in example.examples if doctest.SKIP in e.options]
+    assert bool(skipped) == (METHODS[name] == "policy")
+    report = []
+    found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=report.append)
+    assert found.failed == 0, "".join(report)
 
 
 def test_catalogue_finds_and_suggests():

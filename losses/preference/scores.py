@@ -102,3 +102,19 @@ def wpo_weights(
     aligned = (per_token_logps - log_sum_sq_probs) * mask
     chosen, rejected = torch.exp(aligned.sum(1) / mask.sum(1).clamp(min=1)).chunk(2)
     return chosen * rejected
+
+
+def either_wrong(first: Float[Tensor, " pairs"] | None, second: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+    """
+    Probability α that a label is wrong for one of two independent reasons: α = p(1 − q) + (1 − p)q.
+
+    Wrong twice is right. `None` stands for p = 0.
+
+    Args:
+        first, second (`torch.Tensor` of shape `(pairs,)`):
+            p and q in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `(pairs,)`.
+    """
+    return second if first is None else first * (1 - second) + (1 - first) * second

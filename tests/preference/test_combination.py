@@ -1,7 +1,5 @@
 """The family's methods together, and with what TRL works with."""
 
-import doctest
-import importlib
 import itertools
 from importlib.resources import files
 
@@ -174,18 +172,6 @@ def test_resumed_run_equals_uninterrupted_run(names, logging_steps, tiny_path, t
     )
     assert resumed_rows == whole_rows
     assert resumed_rows[0]["num_tokens"] > 0
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_example_in_the_docstring_runs(name):
-    module = importlib.import_module(f"papertrl.trainers.preference.{name}")
-    examples = [e for e in doctest.DocTestFinder().find(METHODS[name], module=module) if e.examples]
-    assert len(examples) == 1
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
-    report = []
-    found = runner.run(examples[0], out=report.append)
-    assert found.attempted > 5
-    assert found.failed == 0, "".join(report)
 
 
 @pytest.mark.parametrize("name", METHODS)

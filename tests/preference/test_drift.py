@@ -12,6 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from papertrl import DriftDPOConfig, DriftDPOTrainer
 from papertrl.losses.preference.drift import unusable
 from papertrl.trainers.preference.base import PreferenceTrainer
+from papertrl.trainers.preference.tokenization import tokenize_prompt
 
 from .common import assert_same_tensors, first_batch, history, loss_and_gradients, make_trainer, recorded, weights
 
@@ -163,14 +164,14 @@ def test_messages_go_through_the_chat_template_and_lose_their_oldest_turns(tiny_
     def cut(limit):
         trainer.args.drift_max_prompt_length = limit
         prompt = trainer.feedback_prompt(dataset[0])
-        return prompt, len(trainer.tokenize_prompt(prompt))
+        return prompt, len(tokenize_prompt(chat_tokenizer, prompt, {}))
 
     whole = cut(10_000)[1]
     assert cut(whole)[0] == [*history, say("assistant", "5"), request]
     prompt, length = cut(whole - 1)
     assert prompt == [history[0], history[2], history[3], say("assistant", "5"), request] and length < whole
     last = [history[0], history[3], say("assistant", "5"), request]
-    shortest = len(trainer.tokenize_prompt(last))
+    shortest = len(tokenize_prompt(chat_tokenizer, last, {}))
     assert cut(shortest) == (last, shortest)
     assert cut(shortest - 2) == ([history[0], say("user", "2="), *last[2:]], shortest - 2)
     # Feedback and instruction are never cut

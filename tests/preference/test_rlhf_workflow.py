@@ -1,4 +1,3 @@
-import doctest
 import json
 import math
 from statistics import fmean
@@ -300,11 +299,3 @@ def test_one_completion_makes_no_pair(tiny_path, tokenizer, tmp_path):
 def test_needs_somebody_to_judge(tiny_path, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="needs `reward_funcs`"):
         make(tiny_path, tokenizer, tmp_path, reward_funcs=None)
-
-
-def test_example_in_the_docstring_runs():
-    (example,) = [e for e in doctest.DocTestFinder().find(RlhfWorkflowDPOTrainer) if e.examples]
-    report = []
-    found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=report.append)
-    assert found.attempted > 5
-    assert found.failed == 0, "".join(report)

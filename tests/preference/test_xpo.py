@@ -1,4 +1,4 @@
-import doctest
+from copy import deepcopy
 
 import pyarrow.parquet as pq
 import pytest
@@ -13,7 +13,6 @@ from papertrl.losses.preference.xpo import explored_logps, scheduled
 from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.candidates import Candidate, Group, Pair
 from papertrl.trainers.preference.sampling import sample_completions
-from papertrl.trainers.preference.xpo import padded
 
 from .common import CHOSEN, PROMPTS, history, loss_and_gradients, make_trainer, pairs, perturbed, recorded
 
@@ -76,12 +75,18 @@ def test_last_entry_of_a_schedule_holds_on():
     assert scheduled([0.5], 7) == 0.5
 
 
-def test_sequences_are_cut_and_padded():
-    found = padded([[5, 6, 7], [8], [4, 4]], [[9, 2], [3, 3, 3, 2], []], 4, 0)
-    assert found["xpo_input_ids"].tolist() == [[5, 6, 7, 9], [8, 3, 3, 3], [4, 4, 0, 0]]
-    assert found["xpo_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 0, 0]]
-    assert found["xpo_completion_mask"].tolist() == [[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]]
-    assert padded([[5]], [[6, 7]], None, 0)["xpo_input_ids"].tolist() == [[5, 6, 7]]
+def test_dataset_completion_begins_where_the_candidates_do(tiny_path, tokenizer, tmp_path):
+    trainer = make(tiny_path, tokenizer, tmp_path, xpo_sampler="offline")
+    row = {"prompt": "1+1=", "chosen": "23"}
+    prompt_ids = tokenizer("1+1=")["input_ids"]
+    apart = [*tokenizer("2")["input_ids"], *tokenizer("3")["input_ids"], tokenizer.eos_token_id]
+    for chosen in ("23", "23" + tokenizer.eos_token):
+        found = trainer.dataset_candidate(Group(row | {"chosen": chosen}, 0, prompt_ids), "chosen")
+        assert (found.completion, found.completion_ids, found.source) == ("23", apart, "dataset")
+    trainer._tokenizer = deepcopy(tokenizer)
+    trainer._tokenizer.add_tokens(["=2"])
+    assert len(trainer._tokenizer("1+1=2")["input_ids"]) == len(prompt_ids)
+    assert trainer.dataset_candidate(Group(row, 0, prompt_ids), "chosen").completion_ids == apart
 
 
 # --- Rounds -----------------------------------------------------------------------------------------------------
@@ -309,11 +314,3 @@ def test_a_number_is_a_schedule_of_one(tmp_path):
 def test_offline_sampler_needs_the_column(tiny_path, tokenizer, tmp_path):
     with pytest.raises(ValueError, match="needs the dataset column 'chosen'"):
         make(tiny_path, tokenizer, tmp_path, xpo_sampler="offline", dataset=prompts().select_columns("prompt"))
-
-
-def test_example_in_the_docstring_runs():
-    (example,) = [e for e in doctest.DocTestFinder().find(XpoDPOTrainer) if e.examples]
-    report = []
-    found = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example, out=report.append)
-    assert found.attempted > 5
-    assert found.failed == 0, "".join(report)

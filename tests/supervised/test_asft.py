@@ -1,4 +1,3 @@
-import doctest
 import math
 from importlib import resources
 
@@ -364,11 +363,3 @@ class TestConfig:
         assert recipe.pop("method") == "asft"
         args = AsftSFTConfig(**(recipe | {"output_dir": str(tmp_path), "use_cpu": True}))
         assert (args.anchor_coef, args.anchor_direction, args.dft_weight_power) == (0.1, "forward", 1.0)
-
-    def test_docstring_example(self, tmp_path, monkeypatch):
-        monkeypatch.chdir(tmp_path)
-        examples = doctest.DocTestParser().get_examples(AsftSFTTrainer.__doc__)
-        names = {}
-        for example in examples:
-            exec(example.source, names)
-        assert names["trainer"].state.global_step == 2

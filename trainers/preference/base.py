@@ -41,7 +41,6 @@ PINNED = {
     "transformers.trainer.Trainer.get_batch_samples": "0b3727386f73f67053b12b91e01c6967",
     "trl.data_utils.common_prefix_length": "34e85554d52b8011c30a25cca000048c",
     "trl.trainer.utils.pad": "5b5cbf5245d686e0d2530e5130eaf2b6",
-    "trl.data_utils._tokenize": "5fc8cbcb4cacebc870c17a57f95786a8",
     "trl.distributed.DistributedBackend": "df5f1ebf26636f63193beaf5e23301d4",
 }
 

@@ -15,8 +15,9 @@ from ...rewards.matching import completion_text
 from ..method import Method
 from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Candidate, Group, Pair
+from .candidates import Group, Pair
 from .record import PreferenceRecord
+from .tokenization import template_options, tokenize_prompt
 
 TEMPLATE_FIELDS = ("prompt", "rejected", "feedback", "instruction")
 Messages = list[dict[str, Any]]
@@ -110,6 +111,7 @@ class DriftDPOTrainer(PreferenceTrainer):
 
     ```python
     >>> from copy import deepcopy
+    >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import DriftDPOConfig, DriftDPOTrainer
     >>> from papertrl.tiny import tiny_model, tiny_tokenizer
@@ -118,7 +120,7 @@ class DriftDPOTrainer(PreferenceTrainer):
     >>> model = tiny_model(tokenizer)
     >>> turns = {"prompt": ["1+1="] * 8, "rejected": ["3"] * 8, "feedback": ["Too high."] * 8}
     >>> args = DriftDPOConfig(
-    ...     "/tmp/drift", max_steps=2, online_max_new_tokens=4, bf16=False, use_cpu=True, report_to="none",
+    ...     mkdtemp(), max_steps=2, online_max_new_tokens=4, bf16=False, use_cpu=True, report_to="none",
     ...     disable_tqdm=True,
     ... )
     >>> trainer = DriftDPOTrainer(
@@ -177,7 +179,7 @@ class DriftDPOTrainer(PreferenceTrainer):
         prompts = [self.feedback_prompt(group.row) for group in groups]
         self.draw(groups, self.args.online_num_samples, prompts=prompts)
         for group in groups:
-            group.candidates.append(self.rejected_candidate(group))
+            group.candidates.append(self.dataset_candidate(group, "rejected"))
 
     def pair(self, groups: list[Group]) -> list[Pair]:
         pairs, reasons = [], Counter()
@@ -216,7 +218,10 @@ class DriftDPOTrainer(PreferenceTrainer):
             history, write = list(row["prompt"]), self._as_messages
         while True:
             prompt = write(history, row)
-            excess = len(self.tokenize_prompt(prompt)) - self.args.drift_max_prompt_length
+            excess = (
+                len(tokenize_prompt(self._tokenizer, prompt, template_options(row)))
+                - self.args.drift_max_prompt_length
+            )
             shorter = self._shortened(history, excess) if excess > 0 else history
             if shorter == history:
                 return prompt
@@ -244,15 +249,3 @@ class DriftDPOTrainer(PreferenceTrainer):
         if len(turns) > 1:
             return [*system, *turns[1:]]
         return [*system, *({**turn, "content": self._shortened(turn["content"], excess)} for turn in turns)]
-
-    def rejected_candidate(self, group: Group) -> Candidate:
-        """The row's rejected answer, as TRL tokenizes it after the prompt."""
-        row = group.row
-        if is_conversational(row):
-            answer = row["rejected"]
-            ids = self.tokenize_prompt([*row["prompt"], *answer], add_generation_prompt=False)
-        else:
-            eos = self._tokenizer.eos_token
-            answer = row["rejected"].removesuffix(eos)
-            ids = self.tokenize_prompt(row["prompt"] + answer + eos)
-        return Candidate(answer, ids[len(group.prompt_ids) :], True, "dataset")

@@ -23,7 +23,7 @@ from .base import PreferenceConfig, PreferenceTrainer
 from .ranking import best_and_worst, tokenize_list
 from .record import PreferenceRecord
 from .replaced import refuse_settings_of_pair_losses
-from .tokenization import kept_tokens, stack_tokens
+from .tokenization import kept_tokens, stack_sequences
 
 _COLUMNS = ("irpo_prompt_ids", "irpo_completion_ids", "irpo_item_index", "irpo_relevance", "irpo_ranks")
 _PLACES = (1, 3, 5, 10)
@@ -185,17 +185,20 @@ class IrpoDPOTrainer(PreferenceTrainer):
         extras = super().collate(examples)
         if self.args.irpo_weighting == "none":
             return extras
+        rows = [
+            [
+                (example["irpo_prompt_ids"], ids, numbers)
+                for ids, numbers in zip(example["irpo_completion_ids"], example["irpo_item_index"], strict=True)
+            ]
+            for example in examples
+        ]
         kept = kept_tokens(self.args.max_length, self.args.truncation_mode)
-        rows, index = [], []
-        for example in examples:
-            prompt = example["irpo_prompt_ids"]
-            rows.append([(prompt + ids)[kept] for ids in example["irpo_completion_ids"]])
-            index.append([([0] * len(prompt) + numbers)[kept] for numbers in example["irpo_item_index"]])
+        input_ids, attention_mask, item_index = stack_sequences(rows, kept, self._tokenizer.pad_token_id)
         return {
             **extras,
-            "irpo_input_ids": stack_tokens(rows, self._tokenizer.pad_token_id),
-            "irpo_attention_mask": stack_tokens([[[1] * len(ids) for ids in row] for row in rows], 0),
-            "irpo_item_index": stack_tokens(index, 0),
+            "irpo_input_ids": input_ids,
+            "irpo_attention_mask": attention_mask,
+            "irpo_item_index": item_index,
             "irpo_relevance": pad([torch.tensor(example["irpo_relevance"]) for example in examples]),
             # 0 where the list has no item
             "irpo_ranks": pad([torch.tensor(example["irpo_ranks"]) for example in examples]),

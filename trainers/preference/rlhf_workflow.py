@@ -7,6 +7,7 @@ import torch
 
 from ...configuration import method_config, method_field
 from ...losses.preference.rlhf_workflow import CHOOSE_TYPES, choose_pair
+from ...losses.preference.scores import either_wrong
 from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Group, Pair
@@ -181,11 +182,7 @@ class RlhfWorkflowDPOTrainer(PreferenceTrainer):
         return pairs
 
     def smoothing(self, record: PreferenceRecord) -> torch.Tensor | None:
-        alpha = super().smoothing(record)
-        flip = self.args.rlhf_label_smoothing
+        others, flip = super().smoothing(record), self.args.rlhf_label_smoothing
         if flip == 0:
-            return alpha
-        if alpha is None:
-            alpha = record.logps.new_zeros(len(record.logps) // 2)
-        # Two independent reasons for which a label is wrong; wrong twice is right
-        return alpha * (1 - flip) + (1 - alpha) * flip
+            return others
+        return either_wrong(others, record.logps.new_full((len(record.logps) // 2,), flip))

@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import lru_cache
 from importlib.metadata import version
 from itertools import combinations
 from pathlib import Path
@@ -21,7 +22,6 @@ from datasets import Dataset, concatenate_datasets
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback
-from trl.data_utils import _tokenize
 from trl.distributed import DistributedBackend
 from trl.models.utils import unwrap_model_for_generation
 from trl.trainer.utils import get_config_model_id
@@ -31,6 +31,7 @@ from ..reference import REFERENCE_ADAPTER, keep_adapter
 from .candidates import Candidate, Group, Pair, best_against_worst, candidates_table, pairs_dataset
 from .judging import Judge, RewardScorer, compare
 from .sampling import distribution, left_pad, sample_completions
+from .tokenization import template_options, tokenize_completions, tokenize_prompt, with_end
 
 logger = get_logger(__name__)
 
@@ -132,7 +133,6 @@ class PreferenceRounds:
         self._round_pairs: dict[int, Dataset | None] = {}
         self._round_metrics: dict[str, float] = {}
         self._entered: int | None = None
-        self._order: list[int] = []
         # Of the iteration for which the reference is right
         self._reference_iteration = 0
         if args.online_reference != "initial":
@@ -249,7 +249,13 @@ class PreferenceRounds:
                 Text or messages to draw from instead of the group's own prompt.
         """
         args = self.args
-        prompt_ids = [g.prompt_ids for g in groups] if prompts is None else [self.tokenize_prompt(p) for p in prompts]
+        if prompts is None:
+            prompt_ids = [group.prompt_ids for group in groups]
+        else:
+            prompt_ids = [
+                tokenize_prompt(self._tokenizer, prompt, template_options(group.row))
+                for prompt, group in zip(prompts, groups, strict=True)
+            ]
         rows = [(i, len(group.candidates) + n) for i, group in enumerate(groups) for n in range(count)]
         # Similar lengths next to each other, so that little is padded
         rows.sort(key=lambda row: len(prompt_ids[row[0]]))
@@ -280,10 +286,17 @@ class PreferenceRounds:
         sides = ([candidate.completion for candidate in side] for side in (firsts, seconds))
         return compare(self.judge_func, prompts, *sides)
 
-    def tokenize_prompt(self, prompt: str | list[dict[str, Any]], **template_kwargs: Any) -> list[int]:
-        """Tokens of a prompt, with the chat template's beginning of an answer where it is messages."""
-        template = {"add_generation_prompt": True, **template_kwargs} if isinstance(prompt, list) else {}
-        return _tokenize(self.processing_class, prompt, **template)["input_ids"]
+    def dataset_candidate(self, group: Group, side: str) -> Candidate:
+        """The completion of the row itself, of its column `side`, as a candidate; tokenized as TRL does."""
+        completion, options = group.row[side], template_options(group.row)
+        ended = with_end(self._tokenizer, completion)
+        shared, (tokens,) = tokenize_completions(self._tokenizer, group.row["prompt"], [ended], options)
+        if isinstance(completion, str):
+            completion = completion.removesuffix(self._tokenizer.eos_token)
+            if len(shared) < len(group.prompt_ids):
+                # A token would span the end of the prompt, after which all candidates begin
+                tokens = self._tokenizer(text=ended, add_special_tokens=False)["input_ids"]
+        return Candidate(completion, tokens, finished=True, source="dataset")
 
     def round_random(self, *key: Any) -> random.Random:
         """Random numbers for this iteration and `key`: the same on every rank and after a resume."""
@@ -326,9 +339,8 @@ class PreferenceRounds:
         """Numbers below `size`, from place `start` on of a new shuffle after every `size` of them."""
         numbers = []
         for epoch in range(start // size, (start + count - 1) // size + 1):
-            order = list(range(size))
-            random.Random(f"{self.args.seed} {epoch} {key}").shuffle(order)
             first = epoch * size
+            order = _shuffled(size, f"{self.args.seed} {epoch} {key}")
             numbers += order[max(0, start - first) : start + count - first]
         return numbers
 
@@ -351,9 +363,7 @@ class PreferenceRounds:
         groups = []
         for index in self.choose_prompts(self.iteration):
             row = self.train_dataset[index]
-            tools = row.get("tools")
-            kwargs = {"tools": json.loads(tools) if isinstance(tools, str) else tools}
-            prompt_ids = self.tokenize_prompt(row["prompt"], **kwargs, **(row.get("chat_template_kwargs") or {}))
+            prompt_ids = tokenize_prompt(self._tokenizer, row["prompt"], template_options(row))
             groups.append(Group(row, index, prompt_ids))
         longest = self.args.max_length
         kept = [g for g in groups if g.prompt_ids and (longest is None or len(g.prompt_ids) < longest)]
@@ -469,7 +479,7 @@ class PreferenceRounds:
         size, rank = self.args.per_device_train_batch_size, self.accelerator.process_index
         start = (number * self.accelerator.num_processes + rank) * size
         rows = self._cycled(len(self._training_pairs), start, size, "pairs", self._entered)
-        return self.data_collator([self._training_pairs[row] for row in rows])
+        return self.data_collator(self._training_pairs.__getitems__(rows))
 
     def _enter(self, iteration: int) -> None:
         if iteration > self._reference_iteration:
@@ -583,6 +593,13 @@ class PreferenceRounds:
         if "online_reference" in state:
             self._reference_iteration = state["online_reference"]["iteration"]
             self._set_reference(state["online_reference"]["weights"])
+
+
+@lru_cache(maxsize=4)
+def _shuffled(size: int, seed: str) -> tuple[int, ...]:
+    order = list(range(size))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
 
 
 def _nothing(rows: list[int]) -> dict[str, Any]:

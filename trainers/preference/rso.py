@@ -127,6 +127,7 @@ class RsoDPOTrainer(PreferenceTrainer):
 
     ```python
     >>> from copy import deepcopy
+    >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import RsoDPOConfig, RsoDPOTrainer
     >>> from papertrl.tiny import tiny_model, tiny_tokenizer
@@ -136,7 +137,7 @@ class RsoDPOTrainer(PreferenceTrainer):
     >>> def digits(completions, **kwargs):
     ...     return [float(sum(c.isdigit() for c in text)) for text in completions]
     >>> args = RsoDPOConfig(
-    ...     "/tmp/rso", online_num_samples=8, rso_num_samples=4, online_max_new_tokens=6, max_steps=1, bf16=False,
+    ...     mkdtemp(), online_num_samples=8, rso_num_samples=4, online_max_new_tokens=6, max_steps=1, bf16=False,
     ...     use_cpu=True, report_to="none", disable_tqdm=True,
     ... )
     >>> trainer = RsoDPOTrainer(

@@ -16,7 +16,7 @@ from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 from .replaced import refuse_settings_of_pair_losses
-from .tokenization import kept_tokens, stack_tokens, template_options, tokenize_prompt
+from .tokenization import kept_tokens, stack_sequences, template_options, tokenize_prompt
 
 
 @method_config
@@ -164,20 +164,15 @@ class SrpoDPOTrainer(PreferenceTrainer):
         extras = super().collate(examples)
         if self.args.srpo_alpha is None:
             return extras
-        kept = kept_tokens(self.args.max_length, self.args.truncation_mode)
-        rows, masks = [], []
-        for example in examples:
-            sequences = [
-                (example[f"srpo_after_{before}_ids"], example[f"{answer}_ids"]) for before, answer in _SEQUENCES
+        rows = [
+            [
+                (example[f"srpo_after_{before}_ids"], example[f"{answer}_ids"], [1] * len(example[f"{answer}_ids"]))
+                for before, answer in _SEQUENCES
             ]
-            rows.append([(prompt + completion)[kept] for prompt, completion in sequences])
-            masks.append([([0] * len(prompt) + [1] * len(completion))[kept] for prompt, completion in sequences])
-        return {
-            **extras,
-            "srpo_input_ids": stack_tokens(rows, self._tokenizer.pad_token_id),
-            "srpo_attention_mask": stack_tokens([[[1] * len(ids) for ids in row] for row in rows], 0),
-            "srpo_completion_mask": stack_tokens(masks, 0),
-        }
+            for example in examples
+        ]
+        kept = kept_tokens(self.args.max_length, self.args.truncation_mode)
+        return extras | dict(zip(_TENSORS, stack_sequences(rows, kept, self._tokenizer.pad_token_id), strict=True))
 
     # --- The step -----------------------------------------------------------------------------------------------
 
@@ -185,8 +180,7 @@ class SrpoDPOTrainer(PreferenceTrainer):
         record = super().statistics(model, inputs)
         if self.args.srpo_alpha is None:
             return record
-        names = ("input_ids", "attention_mask", "completion_mask")
-        sequences = [record.extras[f"srpo_{name}"].flatten(0, 1) for name in names]
+        sequences = [record.extras[name].flatten(0, 1) for name in _TENSORS]
         logps = self.score_sequences(model, *sequences).sum(1)
         ref_logps = self.score_sequences(model, *sequences, role="reference").sum(1)
         log_ratios = (logps - ref_logps).view(-1, len(_SEQUENCES))
@@ -243,6 +237,7 @@ class SrpoDPOTrainer(PreferenceTrainer):
 
 # The improver's sequences: the answer that it is to improve on, and the one that is scored
 _SEQUENCES = (("rejected", "chosen"), ("rejected", "rejected"), ("chosen", "chosen"), ("chosen", "rejected"))
+_TENSORS = ("srpo_input_ids", "srpo_attention_mask", "srpo_completion_mask")
 
 
 def revision_prompt_ids(

@@ -20,9 +20,7 @@ def tokenize_prompt(
     tokenizer: PreTrainedTokenizerBase, prompt: str | list[dict], options: dict[str, Any]
 ) -> list[int]:
     """Tokens of text, or of messages with the beginning of an answer."""
-    if isinstance(prompt, str):
-        return tokenizer(text=prompt)["input_ids"]
-    return _chat_ids(tokenizer, prompt, add_generation_prompt=True, **options)
+    return _tokenize(tokenizer, prompt, add_generation_prompt=True, **options)
 
 
 def tokenize_completions(
@@ -47,16 +45,22 @@ def tokenize_completions(
         `tuple[list[int], list[list[int]]]`: the prompt's tokens, and those of each completion.
     """
     prompt_ids = tokenize_prompt(tokenizer, prompt, options)
-    if isinstance(prompt, str):
-        sequences = [tokenizer(text=prompt + completion)["input_ids"] for completion in completions]
-    else:
-        sequences = [_chat_ids(tokenizer, prompt + completion, **options) for completion in completions]
+    sequences = [_tokenize(tokenizer, prompt + completion, **options) for completion in completions]
     start = min(common_prefix_length(prompt_ids, ids) for ids in sequences)
     return prompt_ids[:start], [ids[start:] for ids in sequences]
 
 
-def _chat_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict], **options: Any) -> list[int]:
-    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)["input_ids"]
+def _tokenize(tokenizer: PreTrainedTokenizerBase, text: str | list[dict], **options: Any) -> list[int]:
+    if isinstance(text, str):
+        return tokenizer(text=text)["input_ids"]
+    return tokenizer.apply_chat_template(text, tokenize=True, return_dict=True, **options)["input_ids"]
+
+
+def with_end(tokenizer: PreTrainedTokenizerBase, completion: str | list[dict]) -> str | list[dict]:
+    """A completion as TRL tokenizes it: a text ends with the end-of-sequence token, messages by their template."""
+    if not isinstance(completion, str):
+        return completion
+    return completion.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
 
 
 def kept_tokens(max_length: int | None, truncation_mode: str) -> slice:
@@ -66,17 +70,30 @@ def kept_tokens(max_length: int | None, truncation_mode: str) -> slice:
     return slice(-max_length, None)
 
 
-def stack_tokens(rows: list[list[list[int]]], fill: int) -> torch.Tensor:
+def stack_sequences(
+    rows: list[list[tuple[list[int], list[int], list[int]]]], kept: slice, pad_token_id: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Sequences of tokens, several for each row of a batch, as one tensor.
+    Prompts and completions, several for each row of a batch, as tensors.
 
     Args:
-        rows (`list[list[list[int]]]`):
-            Rows may have different numbers of sequences.
-        fill (`int`):
+        rows (`list[list[tuple[list[int], list[int], list[int]]]]`):
+            Tokens of a prompt, those of a completion, and a mark for each of the latter: usually 1. Rows may have
+            different numbers of sequences.
+        kept (`slice`):
+            What stays of a sequence, see [`kept_tokens`].
+        pad_token_id (`int`):
             Fills the right.
 
     Returns:
-        `torch.Tensor` of shape `(rows, sequences, length)`.
+        Token ids, attention mask, and the marks, which are 0 on prompts and padding; `torch.Tensor` of shape
+        `(rows, sequences, length)` each.
     """
-    return pad([pad([torch.tensor(ids, dtype=torch.long) for ids in row], fill) for row in rows], fill)
+    ids = [[(prompt + completion)[kept] for prompt, completion, _ in row] for row in rows]
+    attention = [[[1] * len(sequence) for sequence in row] for row in ids]
+    marks = [[([0] * len(prompt) + marks)[kept] for prompt, _, marks in row] for row in rows]
+    return _stack(ids, pad_token_id), _stack(attention, 0), _stack(marks, 0)
+
+
+def _stack(rows: list[list[list[int]]], fill: int) -> torch.Tensor:
+    return pad([pad([torch.tensor(sequence, dtype=torch.long) for sequence in row], fill) for row in rows], fill)

@@ -12,6 +12,7 @@ from trl import DPOTrainer
 
 from ...configuration import method_config, method_field
 from ...losses.preference.rpo import sequence_nll
+from ...losses.preference.scores import either_wrong
 from ...losses.preference.upo import (
     bald,
     draw_pairs,
@@ -396,8 +397,7 @@ class UpoDPOTrainer(PreferenceTrainer):
         self.log_mean("upo/alpha", alpha.sum(), alpha.new_tensor(len(alpha)))
         for name, value in self._upo_summary.items():
             self.log_metric(f"upo/{name}", value)
-        # Two independent reasons for which a label is wrong; wrong twice is right
-        return alpha if others is None else others * (1 - alpha) + (1 - others) * alpha
+        return either_wrong(others, alpha)
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)

@@ -5,7 +5,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from trl.trainer.utils import pad
 
 from ...configuration import method_config, method_field
 from ...losses.preference.xpo import explored_logps, scheduled
@@ -14,7 +13,7 @@ from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
-from .tokenization import template_options, tokenize_completions
+from .tokenization import kept_tokens, stack_sequences
 
 
 @method_config
@@ -155,21 +154,12 @@ class XpoDPOTrainer(PreferenceTrainer):
     def propose(self, groups: list[Group]) -> None:
         super().propose(groups)
         if self.args.xpo_sampler == "offline":
-            self._add_chosen(groups)
+            for group in groups:
+                group.candidates.append(self.dataset_candidate(group, "chosen"))
         else:
             self.draw(groups, 1, source=self.args.xpo_sampler)
         for group in groups:
             group.candidates[-1].extras["xpo"] = True
-
-    def _add_chosen(self, groups: list[Group]) -> None:
-        end = self._tokenizer.eos_token
-        for group in groups:
-            chosen = group.row["chosen"]
-            # As TRL does: a chat template ends an answer itself
-            ended = chosen.removesuffix(end) + end if isinstance(chosen, str) else chosen
-            options = template_options(group.row)
-            _, (tokens,) = tokenize_completions(self.processing_class, group.row["prompt"], [ended], options)
-            group.candidates.append(Candidate(chosen, tokens, finished=True, source="dataset"))
 
     def pair(self, groups: list[Group]) -> list[Pair]:
         pairs = super().pair(groups)
@@ -214,9 +204,11 @@ class XpoDPOTrainer(PreferenceTrainer):
         # Rows to evaluate on come from no round
         batch["xpo_explored"] = torch.tensor([row.get("xpo_explored", 0) for row in examples])
         if self._scores_besides:
-            prompts = [row["prompt_ids"] for row in examples]
-            completions = [row.get("xpo_ids", []) for row in examples]
-            batch |= padded(prompts, completions, self.args.max_length, self._tokenizer.pad_token_id)
+            answers = [row.get("xpo_ids", []) for row in examples]
+            rows = [[(row["prompt_ids"], ids, [1] * len(ids))] for row, ids in zip(examples, answers, strict=True)]
+            kept = kept_tokens(self.args.max_length, self.args.truncation_mode)
+            sequences = [part[:, 0] for part in stack_sequences(rows, kept, self._tokenizer.pad_token_id)]
+            batch |= dict(zip(_SEQUENCES, sequences, strict=True))
         return batch
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
@@ -225,7 +217,7 @@ class XpoDPOTrainer(PreferenceTrainer):
         if self.args.online_iterations == 0 or alpha == 0 or not self.model.training:
             return terms
         if self._scores_besides:
-            sequences = [record.extras[f"xpo_{name}"] for name in ("input_ids", "attention_mask", "completion_mask")]
+            sequences = [record.extras[name] for name in _SEQUENCES]
             logps = self.score_sequences(model, *sequences).sum(1)
             there = sequences[-1].any(1)
         else:
@@ -235,6 +227,9 @@ class XpoDPOTrainer(PreferenceTrainer):
         self.log_metric("xpo/alpha", alpha)
         self.log_mean("xpo/explored_share", there.sum(), there.new_tensor(len(there), dtype=torch.long))
         return [*terms, LossTerm("xpo", logps, mask=there.to(logps), coef=alpha)]
+
+
+_SEQUENCES = ("xpo_input_ids", "xpo_attention_mask", "xpo_completion_mask")
 
 
 def explored_of(group: Group) -> Candidate | None:
@@ -248,31 +243,3 @@ def tie_of(group: Group) -> Pair | None:
     explored = [candidate for candidate in scored if "xpo" in candidate.extras]
     others = [candidate for candidate in scored if "xpo" not in candidate.extras]
     return Pair(group, others[0], explored[0]) if explored and others else None
-
-
-def padded(
-    prompts: list[list[int]], completions: list[list[int]], max_length: int | None, pad_token_id: int
-) -> dict[str, torch.Tensor]:
-    """
-    Sequences as [`score_sequences`] takes them, cut as TRL's collator cuts pairs.
-
-    Args:
-        prompts, completions (`list[list[int]]`):
-            Token ids; a completion may be empty.
-        max_length (`int`, *optional*):
-            Longest sequence.
-        pad_token_id (`int`):
-            Fills the right.
-
-    Returns:
-        `dict[str, torch.Tensor]`: `xpo_input_ids`, `xpo_attention_mask` and `xpo_completion_mask`, of shape
-        `(rows, length)` each.
-    """
-    rows = list(zip(prompts, completions, strict=True))
-    ids = [torch.tensor((prompt + completion)[:max_length]) for prompt, completion in rows]
-    scored = [torch.tensor(([0] * len(prompt) + [1] * len(completion))[:max_length]) for prompt, completion in rows]
-    return {
-        "xpo_input_ids": pad(ids, pad_token_id),
-        "xpo_attention_mask": pad([torch.ones_like(row) for row in ids], 0),
-        "xpo_completion_mask": pad(scored, 0),
-    }

@@ -97,7 +97,9 @@ class AsftSFTTrainer(SupervisedTrainer):
     >>> trainer = AsftSFTTrainer(
     ...     tiny_model(tokenizer), args, train_dataset=Dataset.from_list(sums), processing_class=tokenizer
     ... )
-    >>> result = trainer.train()
+    >>> trainer.train()
+    {'train_runtime': ...}
+    TrainOutput(global_step=2, ...)
 
     ```
     """
