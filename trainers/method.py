@@ -327,7 +327,7 @@ def check_checkpoint(folder: str | Path, methods: list[str]) -> None:
     try:
         json.loads((folder / "trainer_state.json").read_text())
         written_by = json.loads((folder / "papertrl.json").read_text())["methods"]
-        for file in folder.glob("*.safetensors"):
+        for file in folder.rglob("*.safetensors"):
             with safe_open(file, "pt") as tensors:
                 tensors.keys()
         for name in ("optimizer.pt", "scheduler.pt"):

@@ -265,6 +265,19 @@ def test_the_better_module_is_what_is_saved(worse, tiny_path, tokenizer, tmp_pat
     torch.testing.assert_close(loaded(input_ids=ids).logits, trainer.model(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_checkpoint_without_a_whole_second_adapter_is_refused(damage, tiny_path, tokenizer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    ofs(tiny_path, tokenizer, tmp_path, **options).train()
+    file = tmp_path / "checkpoint-2" / "slow" / "adapter_model.safetensors"
+    if damage == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ValueError, match=r"`resume_from_checkpoint`: '.*checkpoint-2"):
+        ofs(tiny_path, tokenizer, tmp_path, **options).train(str(tmp_path / "checkpoint-2"))
+
+
 def test_goes_on_from_a_given_adapter(tiny_path, tokenizer, tmp_path):
     torch.manual_seed(0)
     given = get_peft_model(AutoModelForCausalLM.from_pretrained(tiny_path), LORA)

@@ -5,11 +5,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from peft import LoraConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.nn.utils import get_total_norm
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -253,6 +255,12 @@ class OfsDPOTrainer(PreferenceTrainer):
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        folder = Path(resume_from_checkpoint) / "slow"
+        if self.args.ofs_alpha is not None and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"`resume_from_checkpoint`: '{folder}' has no adapter, so that the run cannot go on as it was. Resume "
+                "from another checkpoint, or start anew."
+            )
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self._thaw()
 
