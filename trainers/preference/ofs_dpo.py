@@ -273,7 +273,7 @@ class OfsDPOTrainer(PreferenceTrainer):
         return logps
 
     def _compute_loss(self, model, inputs, return_outputs):
-        self._batch, self._reference_logps = inputs, []
+        self._collated, self._reference_logps = inputs, []
         outcome = super()._compute_loss(model, inputs, return_outputs)
         # A pass of the reference switches adapters, too
         self._thaw()
@@ -292,7 +292,7 @@ class OfsDPOTrainer(PreferenceTrainer):
         if alpha is None or not self.model.training:
             return terms
         with self._slow_module():
-            slow_record = self.statistics(model, self._batch)
+            slow_record = self.statistics(model, self._collated)
             slow_record.samples = record.samples
             slow_terms = self.pair_terms(slow_record)
         self._roles.observe(self.accelerator.reduce(torch.stack(self._module_losses), reduction="mean"))
