@@ -339,6 +339,8 @@ def test_no_two_methods_use_one_name_for_different_things(family):
             node for node in ast.walk(ast.parse(inspect.getsource(trainer))) if isinstance(node, ast.Attribute)
         ]
         stored = {node.attr for node in attributes if isinstance(node.ctx, ast.Store) and is_self(node.value)}
+        hidden = {attribute for attribute in stored if callable(getattr(base, attribute, None))}
+        assert not hidden, f"{name} stores values under names of methods: {hidden}"
         for attribute in set(vars(trainer)) | stored:
             if not hasattr(base, attribute) and not attribute.startswith("__"):
                 owners.setdefault(attribute, set()).add(name)
