@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    set_seed,
+)
 from trl import get_peft_config, get_quantization_config
 
 from .arguments import Job
@@ -107,12 +114,14 @@ def run(job: Job, command: list[str]) -> Finished:
 def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
     state = PartialState()
     limit_threads(state, tiny=job.embedded)
+    rewards, judge = named_judges(job)
     output = claim_output_dir(job, state)
     set_seed(job.training.seed)
     task = task_of(job.arguments)
     model_path, tokenizer = start_model(job, task, output, state)
-    data = make_data(job, task, tokenizer)
-    trainer, held_out = make_trainer(job, data, model_path, tokenizer, output, stop)
+    data = make_data(job, task, tokenizer, rewards)
+    judges = judges_of(job, data, rewards, judge)
+    trainer, held_out = make_trainer(job, data, judges, model_path, tokenizer, output, stop)
     before = held_out and held_out.answer()
     if before and state.is_main_process and not job.training.resume_from_checkpoint:
         MetricsFile(output / METRICS_FILE).write({"step": 0, f"held_out/{data.measure}": before.mean})
@@ -267,28 +276,47 @@ def start_model(job: Job, task: Task | None, output: Path, state: PartialState) 
         ) from error
 
 
-def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase) -> JobData:
+def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase, rewards: list[Callable]) -> JobData:
     """Training rows, held-out rows and judges of the job."""
     family = job.trainer_class.family
-    check_judges(job)
-    length = completion_length(job)
-    named = [checked(load_reward(name, length)) for name in job.arguments.reward_funcs or []]
     if task is None:
-        if needs_rewards(job) and not (named or job.arguments.reward_model or job.arguments.judge):
-            raise JobError(
-                f"`dataset_name` needs `--reward_funcs` with {', '.join(job.methods)}: one or more of exact_match, "
-                "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
-            )
         formats = job.trainer_class.dataset_formats(job.training) if family == "preference" else ()
         eval_formats = ("pairs",) if pairs_online(job) else formats
         evaluated = job.training.eval_strategy != "no"
-        data = dataset_data(family, job.arguments, named, formats, eval_formats if evaluated else ())
+        data = dataset_data(family, job.arguments, rewards, formats, eval_formats if evaluated else ())
     else:
         chat = tokenizer.chat_template is not None
         data = task_data(task, family, job.arguments, job.training.seed, chat, pairs_online(job))
     if is_judged(job):
-        check_reward_columns(named, data.train, job.arguments.dataset_name or task.name)
+        check_reward_columns(rewards, data.train, job.arguments.dataset_name or task.name)
     return data
+
+
+def named_judges(job: Job) -> tuple[list[Callable], Callable | None]:
+    """
+    Reward functions and pairwise judge that the flags name.
+
+    Raises:
+        [`JobError`]: naming the flag, if there is no such thing, or nobody to judge what must be judged.
+    """
+    arguments = job.arguments
+    check_judges(job)
+    length = completion_length(job)
+    rewards = [checked(load_reward(name, length)) for name in arguments.reward_funcs or []]
+    if arguments.dataset_name and needs_rewards(job) and not (rewards or arguments.reward_model or arguments.judge):
+        raise JobError(
+            f"`dataset_name` needs `--reward_funcs` with {', '.join(job.methods)}: one or more of exact_match, "
+            "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
+        )
+    flag = "reward_model"
+    try:
+        if arguments.reward_model:
+            AutoConfig.from_pretrained(arguments.reward_model)
+        flag = "judge"
+        return rewards, load_judge(arguments.judge) if arguments.judge else None
+    except (OSError, ValueError) as error:
+        cause = " ".join(str(error).split())[:200]
+        raise JobError(f"`{flag}` '{getattr(arguments, flag)}' cannot be loaded: {cause}") from error
 
 
 def check_judges(job: Job) -> None:
@@ -338,7 +366,13 @@ def completion_length(job: Job) -> int:
 
 
 def make_trainer(
-    job: Job, data: JobData, model_path: str, tokenizer: PreTrainedTokenizerBase, output: Path, stop: StopOnSignal
+    job: Job,
+    data: JobData,
+    judges: dict[str, Any],
+    model_path: str,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    stop: StopOnSignal,
 ) -> tuple[Any, HeldOut | None]:
     """The trainer with the callbacks that report, and the one that answers held-out prompts."""
     family = job.trainer_class.family
@@ -365,7 +399,7 @@ def make_trainer(
         peft_config=get_peft_config(job.model),
         quantization_config=get_quantization_config(job.model),
         callbacks=callbacks,
-        **judges_of(job, data),
+        **judges,
     )
     for callback in (stop, held_out):
         if callback is not None:
@@ -377,28 +411,16 @@ def make_trainer(
     return trainer, held_out
 
 
-def judges_of(job: Job, data: JobData) -> dict[str, Any]:
-    """Who judges what is sampled in training, as arguments of the trainer."""
+def judges_of(job: Job, data: JobData, rewards: list[Callable], judge: Callable | None) -> dict[str, Any]:
+    """Who judges what is sampled in training, as arguments of the trainer: without a name, the task's verifier."""
     if not is_judged(job):
         return {}
+    if judge is not None:
+        return {"judge": judge}
     model = job.arguments.reward_model
-    try:
-        if job.arguments.judge:
-            return {"judge": load_judge(job.arguments.judge)}
-    except (OSError, ValueError) as error:
-        raise JobError(
-            f"`judge` '{job.arguments.judge}' cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
-    rewards = rewards_of(job, data) if model is None or job.arguments.reward_funcs else []
+    if model is None and not rewards:
+        rewards = list(map(checked, data.judges))
     return {"reward_funcs": [*([model] if model else []), *rewards] or None}
-
-
-def rewards_of(job: Job, data: JobData) -> list[Callable]:
-    """Reward functions to train on: those named, or else the task's verifier; each checked."""
-    if job.arguments.reward_funcs and job.arguments.dataset_name is None:
-        length = completion_length(job)
-        return [checked(load_reward(name, length)) for name in job.arguments.reward_funcs]
-    return [judge if job.arguments.dataset_name else checked(judge) for judge in data.judges]
 
 
 # --- Results --------------------------------------------------------------------------------------------------------

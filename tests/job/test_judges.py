@@ -56,7 +56,8 @@ def test_each_kind_of_judge(tmp_path, tiny_path, reward_model, monkeypatch):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--reward_model", "nowhere/model"], "reward model 'nowhere/model' cannot be loaded"),
+        (["--reward_model", "nowhere/model"], "`reward_model` 'nowhere/model' cannot be loaded"),
+        (["--reward_funcs", "no_such"], "`--reward_funcs`: unknown reward 'no_such'"),
         (["--judge", "nowhere"], "`judge` 'nowhere' cannot be loaded"),
         (["--judge", "a.b", "--reward_funcs", "exact_match"], "`judge` and rewards are both set"),
         (["--judge", "a.b", "--online_iterations", "0"], "`judge` is for the online loop"),
@@ -70,3 +71,5 @@ def test_judges_that_do_not_go(argv, message, tmp_path, capsys):
     assert train(tmp_path / "out", *argv) == 1
     errors = capsys.readouterr().err
     assert message in errors and "Traceback" not in errors
+    # Found before anything is made
+    assert not (tmp_path / "out").exists()
