@@ -312,26 +312,9 @@ class UpoDPOTrainer(PreferenceTrainer):
     def _upo_select(
         self, pairs: list[TokenizedPair], labeled: list[TokenizedPair]
     ) -> tuple[list[int], dict[str, list[float]], dict[str, float]]:
-        """
-        Train the estimator on `labeled` and draw among `pairs`: their places, their columns, and a summary.
-
-        The same on every rank, and without a trace in the global generators.
-        """
+        """Draw among `pairs`: their places, their columns, and a summary; the same on every rank."""
         args = self.args
-        seed = self.round_random("upo").getrandbits(48)
-        with torch.random.fork_rng():
-            torch.manual_seed(seed)
-            backbone, read = self._upo_backbone()
-            classifier = PairClassifier(backbone.to(self.accelerator.device), args.upo_dropout)
-            batch_size = args.upo_estimator_batch_size
-            labeled, pairs = map(read, labeled), list(map(read, pairs))
-            loss = fit(
-                classifier, list(labeled), args.upo_estimator_epochs, args.upo_estimator_learning_rate, batch_size
-            )
-            # What this rank finds, kernels that do not add in a fixed order may find otherwise elsewhere
-            found = [label_probabilities(classifier, pairs, args.upo_mc_passes, batch_size)]
-        broadcast_object_list(found)
-        (probabilities,) = found
+        probabilities, loss = self._upo_probabilities(pairs, labeled)
         uncertainty, eligible = bald(probabilities), majority_agrees(probabilities)
         easy, hard = draw_pairs(
             uncertainty,
@@ -339,7 +322,7 @@ class UpoDPOTrainer(PreferenceTrainer):
             args.upo_mu,
             args.upo_select_rate,
             args.upo_hard_rate,
-            torch.Generator().manual_seed(seed),
+            torch.Generator().manual_seed(self.round_random("upo").getrandbits(48)),
         )
         weights = selection_probabilities(uncertainty, eligible, args.upo_mu)
         alpha = smoothing_alpha(uncertainty, weights, eligible, args.upo_alpha_mode, args.upo_alpha_max)
@@ -354,6 +337,27 @@ class UpoDPOTrainer(PreferenceTrainer):
         }
         columns = {"upo_alpha": alpha[places].tolist(), "upo_bald": uncertainty[places].tolist()}
         return places.tolist(), columns, summary
+
+    def _upo_probabilities(
+        self, pairs: list[TokenizedPair], labeled: list[TokenizedPair]
+    ) -> tuple[torch.Tensor, float]:
+        """
+        What the passes of an estimator that learned from `labeled` say of `pairs`, `(passes, pairs)`, and its loss.
+
+        The same on every rank, and without a trace in the global generators.
+        """
+        args = self.args
+        size = args.upo_estimator_batch_size
+        with torch.random.fork_rng():
+            torch.manual_seed(self.round_random("upo").getrandbits(48))
+            backbone, read = self._upo_backbone()
+            classifier = PairClassifier(backbone.to(self.accelerator.device), args.upo_dropout)
+            labeled, pairs = list(map(read, labeled)), list(map(read, pairs))
+            loss = fit(classifier, labeled, args.upo_estimator_epochs, args.upo_estimator_learning_rate, size)
+            # What this rank finds, kernels that do not add in a fixed order may find otherwise elsewhere
+            found = [label_probabilities(classifier, pairs, args.upo_mc_passes, size), loss]
+        broadcast_object_list(found)
+        return tuple(found)
 
     def _upo_backbone(self) -> tuple[PreTrainedModel, Callable[[TokenizedPair], TokenizedPair]]:
         """A model to make an estimator of, and how pairs are read with its vocabulary."""
