@@ -27,7 +27,7 @@ CLAIM = Claim(
     statement="Pairs among candidates that rejection sampling accepts, as draws from the optimal policy, make a "
     "better policy than the same number of pairs among samples of the initial one.",
     figures="TL;DR: win rate 71.9 against 69.0 for ranked samples of the initial policy (AutoSxS, T5-large)",
-    check="Sorting, with a graded reward: minus the number of places that are wrong, on whose scale β = 0.5. 64 "
+    check="Sorting, with a graded reward: minus the number of places that are wrong, on whose scale β = 0.5. 32 "
     "candidates of the start model per prompt; 8 of them make 4 pairs. Without acceptance these are random ones, "
     "which is the paper's baseline of ranked samples. Measured is the mean reward of samples for held-out prompts.",
     task="sorting",
@@ -35,20 +35,20 @@ CLAIM = Claim(
     start=Start(steps=800),
     settings={
         "per_device_train_batch_size": 64,
-        "max_steps": 60,
-        "learning_rate": 5e-5,
+        "max_steps": 90,
+        "learning_rate": 1e-4,
         "online_num_prompts": 256,
         "online_max_new_tokens": 10,
         "online_batch_size": 640,
         "online_num_samples": 32,
         "online_temperature": 1.0,
         "online_top_k": 0,
-        "beta": 0.1,
+        "beta": 0.5,
     },
     arms={
-        "Ranked samples": Arm(methods=("rso",), settings={"rso_beta": 1e6}, note="any 8 of the 64"),
+        "Ranked samples": Arm(methods=("rso",), settings={"rso_beta": 1e6}, note="any 8 of the 32"),
         "RSO": Arm(methods=("rso",)),
-        "Best against worst": Arm(methods=("rso",), settings={"rso_pairing": "none"}, note="of the 64; 1 pair"),
+        "Best against worst": Arm(methods=("rso",), settings={"rso_pairing": "none"}, note="of the 32; 1 pair"),
     },
     comparisons=(
         Comparison("RSO", "Ranked samples", REWARD, 0.05, guards={ACCURACY: 0.02}),
@@ -61,8 +61,9 @@ CLAIM = Claim(
     evaluations=3,
     held_out=128,
     logs=("online/rso_acceptance", "online/pairs"),
-    findings="Lower than pairs of ranked samples in gold reward and accuracy on every seed; against best and worst "
-    "the seeds differ in sign. In the runs of the over-optimization experiment RSO's proxy falls as well, "
-    "so that this is not over-optimization but a training that does not go in the direction of the reward; "
-    "why has not been looked into.",
+    findings="Ahead of ranked samples on four of five seeds, in reward and in accuracy, by less than can be told "
+    "from noise; far ahead of best against worst. A first design, at a fifth of the β and half of the rate, "
+    "was measured on seeds 0 to 4: -0.12 [-0.23, -0.01] in reward against ranked samples, +0.03 [-0.16, "
+    "+0.23] against best and worst. This one was made on development seeds and measured on seeds 10 to 14, "
+    "which nobody had seen.",
 )

@@ -54,7 +54,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "hypo": {"online_kl_coef": 0.05, "online_kl_num_samples": 2, "online_kl_max_new_tokens": 11},
     "drift": {"online_num_samples": 1, "drift_text_template": "{prompt}{rejected} {feedback}:"},
     "xpo": {"online_num_samples": 1, "xpo_alpha": [0.005, 0.002, 0.0]},
-    "rso": {"online_iterations": 1, "online_num_samples": 16, "rso_num_samples": 4, "rso_dedup": False},
+    "rso": {"online_iterations": 1, "online_num_samples": 16, "rso_num_samples": 4, "rso_dedup": False, "beta": 0.5},
     "sem_dpo": {"sem_encoder": "characters"},
     "irpo": {"irpo_layout": "separate"},
     "srpo": {"srpo_revision_template": "{prompt}{answer}="},
