@@ -56,10 +56,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "xpo": {"online_num_samples": 1, "xpo_alpha": [0.005, 0.002, 0.0]},
     "rso": {"online_iterations": 1, "online_num_samples": 16, "rso_num_samples": 4, "rso_dedup": False, "beta": 0.5},
     "sem_dpo": {"sem_encoder": "characters"},
-    "irpo": {"irpo_layout": "separate"},
+    "irpo": {"irpo_layout": "separate", "learning_rate": 1e-4},
     "srpo": {"srpo_revision_template": "{prompt}{answer}="},
-    "upo": {"upo_estimator_learning_rate": 1e-3},
-    "ofs_dpo": {"ofs_chasing_interval": 10, "learning_rate": 1e-3},
+    "upo": {"upo_estimator_learning_rate": 1e-3, "learning_rate": 5e-5},
+    "ofs_dpo": {"ofs_chasing_interval": 10, "learning_rate": 3e-4},
 }
 
 
@@ -232,8 +232,10 @@ def section(outcome: dict[str, Any]) -> str:
         [
             f"{outcome['statement']} {outcome['check']} All methods start from the same model (true reward "
             f"{start['true']:.3f}, proxy {start['proxy']:.3f}). Offline methods learn from pairs labeled by the "
-            "proxy, online ones from their own samples, judged by it. One setting per method, near its recipe, none "
-            "tuned: the plot shows paths, not which method is best.",
+            "proxy, online ones from their own samples, judged by it. One setting per method, near its recipe, not "
+            "tuned for reward: the plot shows paths, not which method is best. Where a first one let a method break "
+            "down, losing the proxy as well (`irpo`, `ofs_dpo`, `upo`, `rso`), its rate was lowered on a development "
+            "seed, or its β raised to the recipe's.",
             table(outcome),
             f"Means over {len(outcome['seeds'])} seeds; the last column with Student's 95 % interval of the paired "
             f"differences at the end. KL is that of whole answers to the start model, in nats. The best of the nine "
