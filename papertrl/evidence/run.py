@@ -4,6 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,6 +23,8 @@ from .probe import Probe
 
 KEPT_LOGS = ("reward", "loss", "entropy", "grad_norm", "completions/mean_length")
 LOG_POINTS = 40
+# Problems of a run that is to be as short as can be
+FEW = {"train_problems": 400, "held_out": 64}
 COMMON = {
     "save_strategy": "no",
     "report_to": "none",
@@ -58,7 +61,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
         model (`str`, *optional*):
             Model to start from instead of the tiny one.
         short (`bool`):
-            Whether to train for three steps only, to see that it runs.
+            Whether to train for three steps on few problems only, to see that it runs.
 
     Returns:
         `dict`: `points` (one per measurement: `step`, `sampled_tokens`, `trained_tokens`, `seconds` of training, and
@@ -68,6 +71,9 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
     disable_progress_bars()
     # Its matrices are so small that threads would wait for each other
     torch.set_num_threads(1 if model is None else max(1, torch.get_num_threads()))
+    if short:
+        problems = {name: min(getattr(claim, name), most) for name, most in FEW.items()}
+        claim = replace(claim, **problems)
     arm = claim.arms[label]
     task = claim.make_task()
     start = claim.start
