@@ -146,10 +146,10 @@ def fit_weights(
         batch_size (`int`, *optional*, defaults to `16`):
             Pairs in memory at a time; it changes nothing else.
     """
-    rows = [_sequences(row, tokenizer) for row in memory]
+    rows = [_sides(row, tokenizer) for row in memory]
     batches = []
     for start in range(0, len(rows), batch_size):
-        parts = stack_sequences(rows[start : start + batch_size], slice(None), tokenizer.pad_token_id)
+        parts = stack_sequences(rows[start : start + batch_size], tokenizer.pad_token_id)
         # All chosen sequences, then their rejected partners
         batches.append([part.transpose(0, 1).flatten(0, 1).to(model.device) for part in parts])
     with torch.no_grad(), model.disable_adapter():
@@ -222,11 +222,11 @@ def _check(adapters: Sequence, memories: Sequence, weights: Sequence[float] | No
                 )
 
 
-def _sequences(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int], list[int]]]:
-    """Tokens of prompt and completion of the chosen and of the rejected side, and which of them are scored."""
+def _sides(row: dict, tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[int]]]:
+    """Tokens of prompt and completion of the chosen and of the rejected side."""
     completions = [with_end(tokenizer, row[side]) for side in ("chosen", "rejected")]
     prompt, completions = tokenize_completions(tokenizer, row["prompt"], completions, template_options(row))
-    return [(prompt, tokens, [1] * len(tokens)) for tokens in completions]
+    return [(prompt, tokens) for tokens in completions]
 
 
 def _margins(

@@ -308,15 +308,16 @@ def named_judges(job: Job) -> tuple[list[Callable], Callable | None]:
             f"`dataset_name` needs `--reward_funcs` with {', '.join(job.methods)}: one or more of exact_match, "
             "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
         )
-    flag = "reward_model"
-    try:
-        if arguments.reward_model:
-            AutoConfig.from_pretrained(arguments.reward_model)
-        flag = "judge"
-        return rewards, load_judge(arguments.judge) if arguments.judge else None
-    except (OSError, ValueError) as error:
-        cause = " ".join(str(error).split())[:200]
-        raise JobError(f"`{flag}` '{getattr(arguments, flag)}' cannot be loaded: {cause}") from error
+    loaded = {}
+    # The trainer loads the reward model
+    for flag, load in {"reward_model": AutoConfig.from_pretrained, "judge": load_judge}.items():
+        name = getattr(arguments, flag)
+        try:
+            loaded[flag] = load(name) if name else None
+        except (OSError, ValueError) as error:
+            cause = " ".join(str(error).split())[:200]
+            raise JobError(f"`{flag}` '{name}' cannot be loaded: {cause}") from error
+    return rewards, loaded["judge"]
 
 
 def check_judges(job: Job) -> None:

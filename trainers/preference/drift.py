@@ -218,10 +218,8 @@ class DriftDPOTrainer(PreferenceTrainer):
             history, write = list(row["prompt"]), self._as_messages
         while True:
             prompt = write(history, row)
-            excess = (
-                len(tokenize_prompt(self._tokenizer, prompt, template_options(row)))
-                - self.args.drift_max_prompt_length
-            )
+            tokens = tokenize_prompt(self._tokenizer, prompt, template_options(row))
+            excess = len(tokens) - self.args.drift_max_prompt_length
             shorter = self._shortened(history, excess) if excess > 0 else history
             if shorter == history:
                 return prompt

@@ -23,7 +23,7 @@ from .base import PreferenceConfig, PreferenceTrainer
 from .ranking import best_and_worst, tokenize_list
 from .record import PreferenceRecord
 from .replaced import refuse_settings_of_pair_losses
-from .tokenization import kept_tokens, stack_sequences
+from .tokenization import stack_sequences
 
 _COLUMNS = ("irpo_prompt_ids", "irpo_completion_ids", "irpo_item_index", "irpo_relevance", "irpo_ranks")
 _PLACES = (1, 3, 5, 10)
@@ -185,15 +185,13 @@ class IrpoDPOTrainer(PreferenceTrainer):
         extras = super().collate(examples)
         if self.args.irpo_weighting == "none":
             return extras
-        rows = [
-            [
-                (example["irpo_prompt_ids"], ids, numbers)
-                for ids, numbers in zip(example["irpo_completion_ids"], example["irpo_item_index"], strict=True)
-            ]
-            for example in examples
-        ]
-        kept = kept_tokens(self.args.max_length, self.args.truncation_mode)
-        input_ids, attention_mask, item_index = stack_sequences(rows, kept, self._tokenizer.pad_token_id)
+        input_ids, attention_mask, item_index = stack_sequences(
+            [[(row["irpo_prompt_ids"], ids) for ids in row["irpo_completion_ids"]] for row in examples],
+            self._tokenizer.pad_token_id,
+            self.args.max_length,
+            self.args.truncation_mode,
+            marks=[row["irpo_item_index"] for row in examples],
+        )
         return {
             **extras,
             "irpo_input_ids": input_ids,

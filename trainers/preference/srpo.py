@@ -16,7 +16,7 @@ from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 from .replaced import refuse_settings_of_pair_losses
-from .tokenization import kept_tokens, stack_sequences, template_options, tokenize_prompt
+from .tokenization import stack_sequences, template_options, tokenize_prompt
 
 
 @method_config
@@ -165,14 +165,11 @@ class SrpoDPOTrainer(PreferenceTrainer):
         if self.args.srpo_alpha is None:
             return extras
         rows = [
-            [
-                (example[f"srpo_after_{before}_ids"], example[f"{answer}_ids"], [1] * len(example[f"{answer}_ids"]))
-                for before, answer in _SEQUENCES
-            ]
+            [(example[f"srpo_after_{before}_ids"], example[f"{answer}_ids"]) for before, answer in _SEQUENCES]
             for example in examples
         ]
-        kept = kept_tokens(self.args.max_length, self.args.truncation_mode)
-        return extras | dict(zip(_TENSORS, stack_sequences(rows, kept, self._tokenizer.pad_token_id), strict=True))
+        parts = stack_sequences(rows, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode)
+        return extras | dict(zip(_TENSORS, parts, strict=True))
 
     # --- The step -----------------------------------------------------------------------------------------------
 

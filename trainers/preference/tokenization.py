@@ -63,36 +63,39 @@ def with_end(tokenizer: PreTrainedTokenizerBase, completion: str | list[dict]) -
     return completion.removesuffix(tokenizer.eos_token) + tokenizer.eos_token
 
 
-def kept_tokens(max_length: int | None, truncation_mode: str) -> slice:
-    """What TRL's collator keeps of a sequence."""
-    if max_length is None or truncation_mode == "keep_start":
-        return slice(max_length)
-    return slice(-max_length, None)
-
-
 def stack_sequences(
-    rows: list[list[tuple[list[int], list[int], list[int]]]], kept: slice, pad_token_id: int
+    rows: list[list[tuple[list[int], list[int]]]],
+    pad_token_id: int,
+    max_length: int | None = None,
+    truncation_mode: str = "keep_start",
+    marks: list[list[list[int]]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    Prompts and completions, several for each row of a batch, as tensors.
+    Prompts and completions, several for each row of a batch, as tensors; cut as TRL's collator cuts pairs.
 
     Args:
-        rows (`list[list[tuple[list[int], list[int], list[int]]]]`):
-            Tokens of a prompt, those of a completion, and a mark for each of the latter: usually 1. Rows may have
-            different numbers of sequences.
-        kept (`slice`):
-            What stays of a sequence, see [`kept_tokens`].
+        rows (`list[list[tuple[list[int], list[int]]]]`):
+            Tokens of prompt and completion. Rows may have different numbers of sequences.
         pad_token_id (`int`):
             Fills the right.
+        max_length (`int`, *optional*), truncation_mode (`str`, *optional*, defaults to `"keep_start"`):
+            As in [`~trl.DPOConfig`].
+        marks (`list[list[list[int]]]`, *optional*):
+            A number for each completion token. Unset, 1.
 
     Returns:
         Token ids, attention mask, and the marks, which are 0 on prompts and padding; `torch.Tensor` of shape
         `(rows, sequences, length)` each.
     """
-    ids = [[(prompt + completion)[kept] for prompt, completion, _ in row] for row in rows]
-    attention = [[[1] * len(sequence) for sequence in row] for row in ids]
-    marks = [[([0] * len(prompt) + marks)[kept] for prompt, _, marks in row] for row in rows]
-    return _stack(ids, pad_token_id), _stack(attention, 0), _stack(marks, 0)
+    keeps_end = max_length is not None and truncation_mode == "keep_end"
+    kept = slice(-max_length, None) if keeps_end else slice(max_length)
+    marks = marks or [[[1] * len(completion) for _, completion in row] for row in rows]
+    ids, attention, marked = [], [], []
+    for row, numbers in zip(rows, marks, strict=True):
+        ids.append([(prompt + completion)[kept] for prompt, completion in row])
+        attention.append([[1] * len(sequence) for sequence in ids[-1]])
+        marked.append([([0] * len(prompt) + n)[kept] for (prompt, _), n in zip(row, numbers, strict=True)])
+    return _stack(ids, pad_token_id), _stack(attention, 0), _stack(marked, 0)
 
 
 def _stack(rows: list[list[list[int]]], fill: int) -> torch.Tensor:

@@ -141,9 +141,9 @@ class UpoDPOTrainer(PreferenceTrainer):
     α by default from B, because the printed 1/(1 + P) is close to 1 and would turn labels around. The authors' code
     trains plain DPO.
 
-    With the default dropout B was 0.002 to 0.02 nats in our runs: most of the selection is then the vote of the
+    With the default dropout B was 0.001 to 0.02 nats in our runs: most of the selection is then the vote of the
     passes, and the default α hardly smooths. A classifier that has learned nothing says ½ with little uncertainty
-    too: watch `confidence`, the mean distance of its probabilities from ½, and let it learn longer.
+    too: watch `upo/confidence`, the mean distance of its probabilities from ½, and let it learn longer.
 
     Left out are further samplings of the authors' code (a random quarter of the pairs, the 30% of largest margin, the
     dataset's answer among the candidates), adapters in the estimator, and the division of the likelihood by the

@@ -13,7 +13,7 @@ from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
-from .tokenization import kept_tokens, stack_sequences
+from .tokenization import stack_sequences
 
 
 @method_config
@@ -204,11 +204,11 @@ class XpoDPOTrainer(PreferenceTrainer):
         # Rows to evaluate on come from no round
         batch["xpo_explored"] = torch.tensor([row.get("xpo_explored", 0) for row in examples])
         if self._scores_besides:
-            answers = [row.get("xpo_ids", []) for row in examples]
-            rows = [[(row["prompt_ids"], ids, [1] * len(ids))] for row, ids in zip(examples, answers, strict=True)]
-            kept = kept_tokens(self.args.max_length, self.args.truncation_mode)
-            sequences = [part[:, 0] for part in stack_sequences(rows, kept, self._tokenizer.pad_token_id)]
-            batch |= dict(zip(_SEQUENCES, sequences, strict=True))
+            rows = [[(row["prompt_ids"], row.get("xpo_ids", []))] for row in examples]
+            parts = stack_sequences(
+                rows, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode
+            )
+            batch |= dict(zip(_SEQUENCES, [part[:, 0] for part in parts], strict=True))
         return batch
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
