@@ -61,8 +61,10 @@ CLAIM = Claim(
     tune_on=TRUE,
     measures=(rewards,),
     evaluations=6,
-    findings="A first design, without the penalty on length in its first comparison, was measured on the same seeds "
-    "while the second was being made on development seeds: three iterations against once were -0.15 [-0.39, "
-    "+0.09] in true reward, as the proxy pays for length, which fresh samples follow further. The same "
-    "shows here without penalty.",
+    findings="More true reward in three iterations than at once on every seed, by 0.04 to 0.31, which five seeds do "
+    "not separate from the margin; the penalty keeps answers five tokens shorter. Seeds 0 to 4 had been "
+    "used for a first design, without the penalty on length in its first comparison (-0.15 [-0.39, +0.09] "
+    "in true reward, as the proxy pays for length, which fresh samples follow further; the same shows here "
+    "without penalty), and then gave +0.13 [0.05, 0.21] with this one, which would have been called held; "
+    "hence seeds 10 to 14.",
 )
