@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl.trainer.utils import selective_log_softmax
 
 from ..losses.preference.pair_losses import sigmoid
-from ..trainers.preference.tokenization import stack_sequences, template_options, tokenize_completions, with_end
+from ..models.tokenization import stack_sequences, template_options, tokenize_completions, with_end
 
 RECORD = "combination.json"
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from papertrl import OfsDPOConfig, OfsDPOTrainer
 from papertrl.adapters import combine_domains
 from papertrl.evidence.probe import Probe, greedy_accuracy
-from papertrl.start import cached_start_model
+from papertrl.models.start import cached_start_model
 from papertrl.tasks import load_task
 
 DOMAINS = ("sorting", "automaton")

@@ -27,7 +27,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast
 
-from papertrl.start import prepare_model
+from papertrl.models.start import prepare_model
 
 RESULTS = Path(__file__).parent / "results"
 VOCABULARY = 8192

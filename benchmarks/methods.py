@@ -14,7 +14,7 @@ from datasets import Dataset
 from dpo_step import preference_data
 
 import papertrl
-from papertrl.catalogue import BASES, METHODS, load_trainer
+from papertrl.core.catalogue import BASES, METHODS, load_trainer
 
 LAW = (16, 0.5, 32)
 FAMILY = {

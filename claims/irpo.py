@@ -8,8 +8,8 @@ from datasets import Dataset
 
 from ..evidence import Arm, Claim, Comparison, Metric, Probe, Start
 from ..losses.preference.irpo import ndcg
+from ..losses.terms import LossTerm
 from ..tasks import Task
-from ..trainers.terms import LossTerm
 
 NDCG = Metric("ndcg@3")
 TOP = Metric("ndcg@1")

@@ -6,8 +6,8 @@ from statistics import fmean
 import torch
 from datasets import Dataset
 
+from ..evaluation.revision import revise
 from ..evidence import Arm, Claim, Comparison, Metric, Probe, Start
-from ..samplers.revision import revise
 from ..tasks import Task
 from ..tasks.sorting import bubble_sorted
 

@@ -1,1 +1,1 @@
-"""Jinja templates of the cards that papertrl writes; rendered by `papertrl.cards`."""
+"""Jinja templates of the cards that papertrl writes; rendered by `papertrl.hub.cards`."""

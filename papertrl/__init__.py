@@ -2,7 +2,7 @@
 
 import importlib
 
-from .catalogue import exports
+from .core.catalogue import exports
 
 __version__ = "0.1.0"
 

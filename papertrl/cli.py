@@ -10,17 +10,17 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from .arguments import Choice, choose, listed_methods, make_parser, make_trainer_class, parse
-from .catalogue import METHODS
-from .errors import JobError, UsageError, paragraph
+from .core.catalogue import METHODS
+from .core.errors import JobError, UsageError, paragraph
+from .job.arguments import Choice, choose, listed_methods, make_parser, make_trainer_class, parse
 
 # Modules whose `main` runs a subcommand, loaded when it is called
 SUBCOMMANDS = {
     "claims": "papertrl.evidence.command",
-    "evaluate": "papertrl.evaluation.command",
+    "evaluate": "papertrl.job.evaluate",
     "overoptimization": "papertrl.evidence.overoptimization",
-    "publish": "papertrl.publishing",
-    "space": "papertrl.space",
+    "publish": "papertrl.hub.publishing",
+    "space": "papertrl.hub.space",
 }
 
 USAGE = """\
@@ -127,8 +127,8 @@ def _train(choice: Choice, argv: list[str]) -> int:
         warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
 
-    from .staged import run_stages, table
-    from .training import run
+    from .job.staged import run_stages, table
+    from .job.training import run
 
     disable_progress_bar()
     if choice.stages:
@@ -143,7 +143,7 @@ def _train(choice: Choice, argv: list[str]) -> int:
 
 def summary(finished) -> str:
     """What a finished run prints: held-out scores before and after, and where everything is."""
-    from .reporting import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
+    from .hub.files import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 
     output = finished.output_dir
     lines = []
@@ -167,7 +167,7 @@ def summary(finished) -> str:
 
 def method_help(choice: Choice) -> str:
     """Help of the chosen methods: their papers and own flags first, then every other flag."""
-    from .configuration import field_default, own_fields
+    from .core.configuration import field_default, own_fields
 
     trainer_class = make_trainer_class(choice.methods)
     parts = []

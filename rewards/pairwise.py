@@ -50,7 +50,7 @@ class PairwiseModel:
 
     ```python
     >>> from papertrl.rewards.pairwise import PairwiseModel
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> judge = PairwiseModel(tiny_model(tokenizer), tokenizer)

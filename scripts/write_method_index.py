@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from papertrl.catalogue import METHODS, load_trainer, method_table
+from papertrl.core.catalogue import METHODS, load_trainer, method_table
 from papertrl.evidence.tables import evidence_sections, overoptimization_section, read_results, summary_table
 from papertrl.trainers.method import Method
 

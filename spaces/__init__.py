@@ -1,1 +1,1 @@
-"""The Space that lets people try a trained model beside its base; `papertrl.space` renders it."""
+"""The Space that lets people try a trained model beside its base; `papertrl.hub.space` renders it."""

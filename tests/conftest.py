@@ -16,7 +16,7 @@ import torch
 from datasets import disable_progress_bars
 from hypothesis import settings
 
-from papertrl.tiny import tiny_model, tiny_tokenizer
+from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
 settings.register_profile("papertrl", deadline=None, max_examples=40, derandomize=True)
 settings.load_profile("papertrl")

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from papertrl.catalogue import METHODS
+from papertrl.core.catalogue import METHODS
 
 PARENTS = {
     "policy": (GRPOTrainer, GRPOConfig),

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import papertrl
-from papertrl.catalogue import COMBINATIONS, METHODS, class_stem, find, load_trainer, method_table
+from papertrl.core.catalogue import COMBINATIONS, METHODS, class_stem, find, load_trainer, method_table
 from papertrl.evidence import load_claim
 from papertrl.trainers.method import compose
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papertrl.errors import JobError, UsageError
+from papertrl.core.errors import JobError, UsageError
 from papertrl.evidence import Arm, Comparison, Metric, claimed, final, load_claim, mean, reaching
 from papertrl.evidence.command import main
 from papertrl.evidence.study import Study, judge, rounded, value

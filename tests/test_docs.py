@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from papertrl.catalogue import BASES, METHODS, method_table
+from papertrl.core.catalogue import BASES, METHODS, method_table
 from papertrl.evidence.tables import evidence_sections, read_results, summary_table
 from papertrl.trainers.policy.base import PolicyTrainer
 from papertrl.trainers.policy.record import RolloutRecord, ScoredBatch
@@ -50,7 +50,7 @@ def test_stages_page_names_every_stage_and_field():
 def test_stages_page_says_who_uses_a_stage():
     rows = re.findall(r"^\| `(\w+)` \| `\w+\(.*\| ([^|]*) \|$", (ROOT / "docs/stages.md").read_text(), re.MULTILINE)
     told = {(stage, name) for stage, users in rows for name in re.findall(r"`(\w+)`", users)}
-    from papertrl.catalogue import load_trainer
+    from papertrl.core.catalogue import load_trainer
 
     real = {
         (stage, name)
@@ -81,7 +81,7 @@ def test_adding_a_method_works_as_told(monkeypatch, request, tmp_path):
     assert recipe.pop("method") == "w_reinforce"
     trainer.config_class(output_dir=str(tmp_path), use_cpu=True, **recipe)
     # The page promises the whole suite for one line in a table
-    monkeypatch.setattr("papertrl._EXPORTS", __import__("papertrl.catalogue", fromlist=["exports"]).exports())
+    monkeypatch.setattr("papertrl._EXPORTS", __import__("papertrl.core.catalogue", fromlist=["exports"]).exports())
     test_catalogue.test_declaration_is_complete("w_reinforce")
     test_catalogue.test_neutral_equals_trl("w_reinforce", request, tmp_path / "neutral")
     test_catalogue.test_mechanism_fires("w_reinforce", request, tmp_path / "fires")

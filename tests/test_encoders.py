@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papertrl.encoders import count_characters, encode, load_encoder
+from papertrl.models.encoders import count_characters, encode, load_encoder
 
 
 @given(st.lists(st.text(max_size=12), min_size=1, max_size=4))
@@ -46,7 +46,7 @@ def test_wordllama_knows_meaning_without_network():
         "import logging, socket\n"
         "def refuse(*args, **kwargs): raise OSError('no network here')\n"
         "socket.socket.connect = socket.getaddrinfo = refuse\n"
-        "from papertrl.encoders import encode\n"
+        "from papertrl.models.encoders import encode\n"
         "import torch.nn.functional as F\n"
         "cat, kitten, bond, empty = encode('wordllama', ['A cat sits.', 'A kitten sits down.', 'Bond markets', ''])\n"
         "print(*(float(F.cosine_similarity(cat, other, dim=0)) for other in (kitten, bond, empty)))\n"

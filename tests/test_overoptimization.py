@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from papertrl.catalogue import METHODS
 from papertrl.cli import main
-from papertrl.errors import UsageError
+from papertrl.core.catalogue import METHODS
+from papertrl.core.errors import UsageError
 from papertrl.evidence import overoptimization
 from papertrl.evidence.overoptimization import PLAIN, SETTINGS, chosen_methods, experiment, lost, read, section, table
 

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from trl.trainer.utils import get_config_model_id
 
-from ..cards import create_card
-from ..configuration import merge_configs
-from ..publishing import create_trainer_repo, publish_checkpoint, publish_trainer
-from .state import load_state, save_state
+from ..core.configuration import merge_configs
+from ..core.state import load_state, save_state
+from .description import create_card
+from .publishing import create_trainer_repo, publish_checkpoint, publish_trainer
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 from trl.kernels import ChunkedLogProbFunction
 
-from .statistics import causal_lm, lm_head
+from ..models.observation import causal_lm, lm_head
 
 logger = get_logger(__name__)
 

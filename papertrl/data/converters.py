@@ -8,8 +8,8 @@ from datasets import Dataset, IterableDataset
 from trl import extract_prompt
 from trl.data_utils import get_dataset_column_names
 
-from ..messages import message_text
 from .formats import FORMATS, ORDERS, check_preference_rows, detect_format, feedback_turn, levels, refusal
+from .messages import message_text
 
 AnyDataset = Dataset | IterableDataset
 _ROLES = {

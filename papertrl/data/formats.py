@@ -9,7 +9,7 @@ from typing import Any
 from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
-from ..messages import message_text
+from .messages import message_text
 
 # What may say how the completions of a ranking rank, the first present deciding
 ORDERS = ("ranks", "scores", "relevance")

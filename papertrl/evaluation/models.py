@@ -8,9 +8,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import JobError
-from ..runfile import RUN_FILE, START_MODEL, read_json
-from ..start import prepare_model
+from ..core.errors import JobError
+from ..hub.files import RUN_FILE, START_MODEL
+from ..hub.runfile import read_json
+from ..models.start import prepare_model
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -40,7 +41,7 @@ def load_model(name: str) -> Loaded:
             Folder, Hub id, or `smollm2`.
 
     Raises:
-        [`~papertrl.errors.JobError`]: if it cannot be loaded.
+        [`~papertrl.core.errors.JobError`]: if it cannot be loaded.
     """
     if name == "smollm2":
         return _ready(*prepare_model(name, None))

@@ -11,8 +11,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import apply_chat_template
 from trl.trainer.utils import selective_log_softmax
 
-from ..errors import JobError
-from ..samplers.tokens.rollout import sample_rollouts, supported
+from ..core.errors import JobError
+from ..samplers.decoding.rollout import sample_rollouts, supported
 from .models import Loaded
 
 # Rows of the first batch where the size is chosen automatically; it is halved until it fits
@@ -45,7 +45,7 @@ def in_batches(
             Size to try first where it is chosen automatically.
 
     Raises:
-        [`~papertrl.errors.JobError`]: if memory does not suffice for one row, or for the given size.
+        [`~papertrl.core.errors.JobError`]: if memory does not suffice for one row, or for the given size.
     """
     size = batch_size or first
     done: list[Any] = []

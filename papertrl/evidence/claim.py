@@ -8,8 +8,8 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..catalogue import COMBINATIONS, METHODS, find
-from ..errors import UsageError
+from ..core.catalogue import COMBINATIONS, METHODS, find
+from ..core.errors import UsageError
 from ..tasks import Task, load_task
 from .verdict import Summary, final
 
@@ -238,7 +238,7 @@ def load_claim(method: str) -> Claim:
     Claim of a method, or of a combination.
 
     Raises:
-        [`~papertrl.errors.UsageError`]: if there is no such method, or it has no claim.
+        [`~papertrl.core.errors.UsageError`]: if there is no such method, or it has no claim.
     """
     name = method.replace("-", "_")
     try:

@@ -6,8 +6,8 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import UsageError
-from ..parsing import CommandParser
+from ..core.errors import UsageError
+from ..core.parsing import CommandParser
 from .claim import Claim, claimed, load_claim
 from .study import FRESH_SEEDS, Study, result
 
@@ -40,8 +40,8 @@ def main(argv: list[str]) -> int:
             Arguments after `papertrl claims`.
 
     Raises:
-        [`~papertrl.errors.UsageError`]: for a wrong argument.
-        [`~papertrl.errors.JobError`]: if a run fails.
+        [`~papertrl.core.errors.UsageError`]: for a wrong argument.
+        [`~papertrl.core.errors.JobError`]: if a run fails.
     """
     parser = CommandParser(prog="papertrl claims", add_help=False)
     seeds_of = add_run_flags(parser, seeds=5)

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from peft import LoraConfig
 
-from ..catalogue import METHODS, load_trainer
-from ..errors import UsageError
-from ..parsing import CommandParser
+from ..core.catalogue import METHODS, load_trainer
+from ..core.errors import UsageError
+from ..core.parsing import CommandParser
 from .claim import Arm, Claim, Comparison, Metric, Start
 from .command import add_run_flags, write_result
 from .probe import Probe, kl_to_start
@@ -154,8 +154,8 @@ def main(argv: list[str]) -> int:
             Arguments after `papertrl overoptimization`.
 
     Raises:
-        [`~papertrl.errors.UsageError`]: for a wrong argument.
-        [`~papertrl.errors.JobError`]: if a run fails.
+        [`~papertrl.core.errors.UsageError`]: for a wrong argument.
+        [`~papertrl.core.errors.JobError`]: if a run fails.
     """
     parser = CommandParser(prog="papertrl overoptimization", add_help=False)
     seeds_of = add_run_flags(parser, seeds=3)
@@ -181,7 +181,7 @@ def chosen_methods(args: argparse.Namespace) -> tuple[str, ...]:
     Methods to run, in the catalogue's order.
 
     Raises:
-        [`~papertrl.errors.UsageError`]: if one is not of the preference family.
+        [`~papertrl.core.errors.UsageError`]: if one is not of the preference family.
     """
     family = [name for name, family in METHODS.items() if family == "preference"]
     asked = [name.lower().replace("-", "_") for name in args.methods]

@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..evaluation.sampling import completion_logps
-from ..samplers.tokens.rollout import sample_rollouts
+from ..samplers.decoding.rollout import sample_rollouts
 from ..tasks import Task
 
 # Draws of the probe: fixed, so that all arms of a seed are measured with the same ones

@@ -14,8 +14,8 @@ from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from ..catalogue import BASES, load_trainer
-from ..start import REAL_MODEL_RATE, cached_start_model
+from ..core.catalogue import BASES, load_trainer
+from ..models.start import REAL_MODEL_RATE, cached_start_model
 from ..tasks import Task
 from ..trainers.method import compose
 from .claim import Arm, Claim

@@ -18,7 +18,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..errors import JobError
+from ..core.errors import JobError
 from .claim import AXES, Claim, Comparison, Metric, load_claim
 from .verdict import NOT_SHOWN, decide, interval, up_to
 
@@ -108,7 +108,7 @@ class Study:
         Make runs, or read those that are there.
 
         Raises:
-            [`~papertrl.errors.JobError`]: if a run fails; the others' results are kept.
+            [`~papertrl.core.errors.JobError`]: if a run fails; the others' results are kept.
         """
         done = {i: json.loads(path.read_text()) for i, plan in enumerate(plans) if (path := self._file(plan)).exists()}
         missing = [i for i in range(len(plans)) if i not in done]

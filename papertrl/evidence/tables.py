@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from ..catalogue import COMBINATIONS, METHODS
+from ..core.catalogue import COMBINATIONS, METHODS
 from .claim import claimed, load_claim
 
 

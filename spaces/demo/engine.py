@@ -21,14 +21,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 try:
-    from papertrl_guidance import (  # a rendered Space brings its own copy
-        Voice,
-        guided_logprobs,
-        guided_tokens,
-        kl_divergence,
-    )
+    # A rendered Space brings its own copy
+    from papertrl_guidance import Voice, guided_logprobs, guided_tokens, kl_divergence
 except ModuleNotFoundError:
-    from papertrl.samplers.tokens.guidance import Voice, guided_logprobs, guided_tokens, kl_divergence
+    from papertrl.samplers.decoding.guidance import Voice, guided_logprobs, guided_tokens, kl_divergence
 
 START_MODEL = "start_model"
 # Weights, configuration, tokenizer, reports; neither optimizer state nor checkpoints

@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from papertrl import DlerGRPOTrainer, LpRegGRPOTrainer, compose
-from papertrl.arguments import choose, parse
-from papertrl.cards import cell, check_card, code_cell, fenced, model_card
-from papertrl.runfile import read_run
-from papertrl.scrubbing import names_a_secret, scrub, scrub_command, scrub_text
+from papertrl.hub.cards import cell, check_card, code_cell, fenced, model_card
+from papertrl.hub.runfile import read_run
+from papertrl.hub.scrubbing import names_a_secret, scrub, scrub_command, scrub_text
+from papertrl.job.arguments import choose, parse
 
 HOST = "gpu-node-17"
 

@@ -6,7 +6,7 @@ import shutil
 from huggingface_hub import ModelCard
 
 from papertrl.cli import main
-from papertrl.publishing import publish
+from papertrl.hub.publishing import publish
 
 from .conftest import TRAIN, client
 from .server import OWNER, TOKEN

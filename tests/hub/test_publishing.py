@@ -11,10 +11,10 @@ from unittest import mock
 
 import pytest
 
-from papertrl import hub as client_module
 from papertrl.cli import main
-from papertrl.errors import JobError, UsageError
-from papertrl.publishing import default_name, publish, publish_checkpoint, publish_trainer, valid_repo_id
+from papertrl.core.errors import JobError, UsageError
+from papertrl.hub import client as client_module
+from papertrl.hub.publishing import default_name, publish, publish_checkpoint, publish_trainer, valid_repo_id
 
 from .conftest import client
 from .server import OWNER, TOKEN, Fault
@@ -121,7 +121,7 @@ class TestContent:
             (output_dir / ".env").write_text("SECRET=1")
             return output_dir
 
-        monkeypatch.setitem(sys.modules, "papertrl.space", SimpleNamespace(render_space=render_space))
+        monkeypatch.setitem(sys.modules, "papertrl.hub.space", SimpleNamespace(render_space=render_space))
         send(hub, folder, with_space=True)
         files = hub.files(f"{REPO}-demo", "space")
         assert set(files) == {".gitattributes", "README.md", "app.py"}
@@ -282,7 +282,7 @@ class TestMessages:
 KILLED = """
 import sys
 from pathlib import Path
-from papertrl.publishing import publish
+from papertrl.hub.publishing import publish
 publish(Path(sys.argv[1]), sys.argv[2])
 """
 

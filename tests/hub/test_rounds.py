@@ -11,8 +11,8 @@ from datasets import load_dataset
 from huggingface_hub import DatasetCard
 
 from papertrl.cli import main
-from papertrl.errors import JobError
-from papertrl.publishing import publish
+from papertrl.core.errors import JobError
+from papertrl.hub.publishing import publish
 
 from .conftest import TRAIN
 from .server import OWNER, TOKEN

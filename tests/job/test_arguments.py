@@ -3,8 +3,8 @@ import json
 import pytest
 
 from papertrl import cli
-from papertrl.arguments import choose, parse
-from papertrl.errors import UsageError
+from papertrl.core.errors import UsageError
+from papertrl.job.arguments import choose, parse
 
 
 @pytest.fixture(autouse=True)
@@ -109,7 +109,7 @@ def test_help_and_lists(capsys):
     listed = capsys.readouterr().out
     assert cli.main(["methods"]) == 0
     assert capsys.readouterr().out == listed
-    from papertrl.catalogue import METHODS, load_trainer
+    from papertrl.core.catalogue import METHODS, load_trainer
 
     for name in METHODS:
         trainer = load_trainer(name)

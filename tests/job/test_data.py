@@ -1,9 +1,9 @@
 import pytest
 from datasets import Dataset, DatasetDict
 
-from papertrl.arguments import JobArguments
-from papertrl.data import check_reward_columns, dataset_data, task_data, task_of
-from papertrl.errors import JobError
+from papertrl.core.errors import JobError
+from papertrl.job.arguments import JobArguments
+from papertrl.job.data import check_reward_columns, dataset_data, task_data, task_of
 from papertrl.rewards import checked, exact_match
 
 ROWS = Dataset.from_dict({"prompt": ["1+1=", "1+2=", "2+2="], "answer": ["2", "3", "4"]})

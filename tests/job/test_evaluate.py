@@ -10,11 +10,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papertrl import cli
-from papertrl.errors import JobError
+from papertrl.core.errors import JobError
 from papertrl.evaluation import Answered, completion_logps, load_model, measures, table
-from papertrl.evaluation import command as evaluate
 from papertrl.evaluation.models import short_names
 from papertrl.evaluation.sampling import complete, in_batches, prompt_tokens
+from papertrl.job import evaluate as evaluate
 
 
 def run(*argv):
@@ -31,7 +31,7 @@ def model(tiny_path):
 
 
 def test_a_run_is_evaluated_on_its_own_task_and_the_card_shows_it(small_run, tmp_path, capsys):
-    from papertrl.cards import evaluation_table
+    from papertrl.hub.cards import evaluation_table
 
     assert run(small_run, "--num_prompts", 16) == 0
     result = numbers(small_run)

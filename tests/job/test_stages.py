@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from papertrl import cli
-from papertrl.arguments import choose
-from papertrl.errors import Interrupted
-from papertrl.interrupt import StopOnSignal
-from papertrl.staged import STAGES_FILE, TABLE_FILE, run_stages
+from papertrl.core.errors import Interrupted
+from papertrl.job.arguments import choose
+from papertrl.job.interrupt import StopOnSignal
+from papertrl.job.staged import STAGES_FILE, TABLE_FILE, run_stages
 
 from .conftest import flags
 

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papertrl.arguments import JobArguments
 from papertrl.cli import USAGE
+from papertrl.job.arguments import JobArguments
+from papertrl.models.tiny import tiny_tokenizer
 from papertrl.tasks import (
     _TASKS,
     AdditionTask,
@@ -26,7 +27,6 @@ from papertrl.tasks.addition import workings
 from papertrl.tasks.countdown import evaluate
 from papertrl.tasks.rewrite import overlap, style
 from papertrl.tasks.sorting import bubble_sorted
-from papertrl.tiny import tiny_tokenizer
 
 HARDEST = {
     "addition": {"digits": 9, "min_digits": 1},

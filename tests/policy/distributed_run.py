@@ -10,7 +10,7 @@ import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
-from papertrl.catalogue import load_trainer
+from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.method import compose
 
 from ..suite import active_config, dataset, digit_parity, history, reward_of, weights

@@ -6,7 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
-from papertrl.catalogue import load_trainer
+from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.method import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from papertrl.catalogue import load_trainer
+from papertrl.core.catalogue import load_trainer
 
 from .distributed_run import RUNS, run
 

@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MambaConfig, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer
 
-from papertrl.catalogue import load_trainer
+from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.batching import PolicyBatching
 from papertrl.trainers.policy.scoring import rollout_inputs

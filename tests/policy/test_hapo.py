@@ -17,7 +17,7 @@ from papertrl.losses.policy.hapo import (
     token_group_advantages,
     token_mean,
 )
-from papertrl.samplers.tokens.entropy_temperature import EntropyTemperature
+from papertrl.samplers.decoding.entropy_temperature import EntropyTemperature
 
 from ..suite import dataset, settings
 from .runs import distributions, gradients, make, metric, run, sampled

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from papertrl import HptUpgeGRPOConfig, HptUpgeGRPOTrainer
-from papertrl.catalogue import load_trainer
+from papertrl.core.catalogue import load_trainer
 from papertrl.losses.masked import masked_mean
 from papertrl.losses.policy.hpt_upge import (
     ADVANTAGES,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from papertrl.catalogue import load_trainer
+from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.method import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.record import Source

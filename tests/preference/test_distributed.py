@@ -26,7 +26,7 @@ from papertrl import (
     XpoDPOTrainer,
     compose,
 )
-from papertrl.tiny import tiny_tokenizer
+from papertrl.models.tiny import tiny_tokenizer
 
 from .common import history, make_trainer, pairs, weights
 

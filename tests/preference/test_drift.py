@@ -11,8 +11,8 @@ from trl import DPOConfig, DPOTrainer
 
 from papertrl import DriftDPOConfig, DriftDPOTrainer
 from papertrl.losses.preference.drift import unusable
+from papertrl.models.tokenization import tokenize_prompt
 from papertrl.trainers.preference.base import PreferenceTrainer
-from papertrl.trainers.preference.tokenization import tokenize_prompt
 
 from .common import assert_same_tensors, first_batch, history, loss_and_gradients, make_trainer, recorded, weights
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
-from papertrl.catalogue import load_trainer
+from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.sharing import pair_inputs
 from papertrl.trainers.shared_prefix import add_shared_prefix

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from papertrl import PreferenceTrainer, SupervisedConfig, SupervisedTrainer
+from papertrl.models.tiny import tiny_tokenizer
 from papertrl.rewards import pairwise
 from papertrl.rewards.pairwise import TEMPLATE, PairwiseModel, pairwise_dataset
-from papertrl.tiny import tiny_tokenizer
 
 from .common import history, make_trainer
 

@@ -16,7 +16,7 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, TrainerCallback
 
 from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
-from papertrl.tiny import tiny_tokenizer
+from papertrl.models.tiny import tiny_tokenizer
 from papertrl.trainers.method import Method
 from papertrl.trainers.preference.base import PreferenceConfig
 from papertrl.trainers.preference.candidates import Candidate, Group, Pair, best_against_worst, pairs_dataset

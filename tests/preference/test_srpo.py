@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from papertrl import SrpoDPOConfig, SrpoDPOTrainer, revise
+from papertrl.evaluation.revision import revision_prompt
 from papertrl.losses.preference.srpo import improver_loss, joint_loss
-from papertrl.samplers.revision import revision_prompt
 from papertrl.trainers.preference.base import PreferenceTrainer
 
 from .common import (

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from papertrl.losses.preference.scores import either_wrong
-from papertrl.trainers.preference.tokenization import stack_sequences
+from papertrl.models.tokenization import stack_sequences
 
 
 def test_sequences_are_cut_and_padded():

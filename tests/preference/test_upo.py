@@ -19,7 +19,7 @@ from papertrl.losses.preference.upo import (
     selection_probabilities,
     smoothing_alpha,
 )
-from papertrl.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
+from papertrl.models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
 
 from .common import first_batch, history, loss_and_gradients, make_trainer, pairs, recorded
 

@@ -15,7 +15,7 @@ from transformers import (
 from trl import DPOConfig, DPOTrainer
 
 from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
-from papertrl.tiny import tiny_tokenizer
+from papertrl.models.tiny import tiny_tokenizer
 
 from .common import assert_same_tensors, history, make_trainer, weights
 

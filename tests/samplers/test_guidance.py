@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, LogitsProcessorList
 
-from papertrl.samplers.tokens.guidance import (
+from papertrl.samplers.decoding.guidance import (
     GuidanceLogitsProcessor,
     Voice,
     draw_token,

@@ -23,8 +23,8 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer
 
-from papertrl.samplers.tokens.cache import GrowingLayer
-from papertrl.samplers.tokens.rollout import draw, sample_rollouts, supported
+from papertrl.samplers.decoding.cache import GrowingLayer
+from papertrl.samplers.decoding.rollout import draw, sample_rollouts, supported
 
 VOCAB, PAD = 48, 0
 EOS = list(range(1, 7))

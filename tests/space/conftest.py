@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from papertrl.start import make_start_model
+from papertrl.models.start import make_start_model
 
 DEMO = Path(__file__).parents[2] / "spaces" / "demo"
 # Text that would be markup, script or template anywhere else

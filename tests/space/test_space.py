@@ -11,8 +11,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from papertrl.cli import main
-from papertrl.space import render_space
-from papertrl.tiny import tiny_model
+from papertrl.hub.space import render_space
+from papertrl.models.tiny import tiny_model
 
 from .conftest import NASTY, PROMPT, run_description
 

@@ -9,7 +9,7 @@ from datasets import disable_progress_bars
 from safetensors.torch import save_file
 
 from papertrl import AsftSFTTrainer, ImplicitRewardSFTTrainer
-from papertrl.tiny import tiny_tokenizer
+from papertrl.models.tiny import tiny_tokenizer
 
 from .helpers import history, make, weights
 

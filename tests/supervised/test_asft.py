@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from trl import SFTConfig, SFTTrainer
 
 from papertrl import AsftSFTConfig, AsftSFTTrainer
+from papertrl.models.observation import backbone
 from papertrl.trainers.reference import as_reference
-from papertrl.trainers.statistics import backbone
 
 from .helpers import (
     assert_close,

@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset
 
 from papertrl import AsftSFTConfig, AsftSFTTrainer
-from papertrl.tiny import tiny_model
+from papertrl.models.tiny import tiny_model
 
 from .helpers import make
 

@@ -5,9 +5,9 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from papertrl import AsftSFTConfig, AsftSFTTrainer, SupervisedConfig, SupervisedTrainer, compose
+from papertrl.losses.terms import LossTerm
 from papertrl.trainers.method import Method
 from papertrl.trainers.supervised.record import SupervisedRecord
-from papertrl.trainers.terms import LossTerm
 
 from .helpers import (
     QUIET,

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOConfig
 
-from ...configuration import MethodConfigMixin, method_config, method_field
+from ...core.configuration import MethodConfigMixin, method_config, method_field
 from ...losses.policy.groups import by_group, group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
 from .record import RolloutRecord, ScoredBatch

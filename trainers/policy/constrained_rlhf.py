@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.constrained_rlhf import (
     ProxyPointSearch,
     constraint_weights,

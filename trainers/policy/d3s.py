@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.d3s import (
     largest_share,
     linear_schedule,

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.deepsearch import node_advantages, spread_nodes
 from ...losses.policy.groups import weighted_sum
 from ...samplers.trees.dump import tree_as_dict

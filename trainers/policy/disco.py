@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.masked import masked_mean
 from ...losses.policy.disco import (
     answer_labels,

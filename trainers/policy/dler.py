@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.dler import length_limits, solved_share, truncated_rewards, whiten
 from ...losses.policy.groups import by_group, expand_groups, group_varies
 from ...losses.policy.surrogate import kl_estimate

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.dynamic_reward_weighting import (
     HypervolumeGuide,
     clip_factors,
@@ -13,8 +13,8 @@ from ...losses.policy.dynamic_reward_weighting import (
     influence,
     meta_reward,
 )
+from ...models.observation import decoder_layers
 from ..method import Method
-from ..statistics import decoder_layers
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .record import RolloutRecord, ScoredBatch

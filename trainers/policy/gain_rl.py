@@ -7,11 +7,11 @@ import torch
 from trl.data_utils import common_prefix_length, is_conversational
 from trl.trainer.utils import pad
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.gain_rl import mean_pairwise_cosine, prefill_signal
+from ...models.observation import Pass, last_mlp, observe
 from ...samplers.prompts.angle_curriculum import AngleCurriculum
 from ..method import Method
-from ..statistics import Pass, last_mlp, observe
 from .base import PolicyConfig, PolicyTrainer
 from .record import RolloutRecord, ScoredBatch
 from .scoring import OldPass

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.guide_grpo import percentile_gamma, reshape_ratio
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer

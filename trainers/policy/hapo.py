@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import LogitsProcessorList
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.hapo import (
     advantage_factor,
     entropy_scale,
@@ -15,7 +15,7 @@ from ...losses.policy.hapo import (
     token_group_advantages,
     token_mean,
 )
-from ...samplers.tokens.entropy_temperature import EntropyTemperature
+from ...samplers.decoding.entropy_temperature import EntropyTemperature
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column

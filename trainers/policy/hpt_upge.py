@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from trl.data_utils import apply_chat_template
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.masked import masked_mean
 from ...losses.policy.groups import group_mean, weighted_sum
 from ...losses.policy.hpt_upge import (
@@ -22,8 +22,8 @@ from ...losses.policy.hpt_upge import (
     soft_weights,
     switch_weights,
 )
+from ...losses.terms import LossTerm
 from ..method import Method
-from ..terms import LossTerm
 from .base import PolicyConfig, PolicyTrainer
 from .draft import Draft
 from .objective import PolicyStatistics, column

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.groups import group_std
 from ...losses.policy.lite_ppo import reward_mean
 from ..method import Method

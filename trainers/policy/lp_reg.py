@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.head import kept_mass
 from ...losses.policy.lp_reg import (
     NOISE_LOGP,
@@ -11,9 +11,9 @@ from ...losses.policy.lp_reg import (
     protected_tokens,
     proxy_logps,
 )
+from ...losses.terms import LossTerm
+from ...models.observation import lm_head
 from ..method import Method
-from ..statistics import lm_head
-from ..terms import LossTerm
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
 from .record import RolloutRecord, ScoredBatch

@@ -13,7 +13,7 @@ from ...losses.policy.surrogate import (
     log_importance_weights,
     sapo_surrogate,
 )
-from ..terms import LossTerm
+from ...losses.terms import LossTerm
 from .record import RolloutRecord
 
 CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from accelerate.logging import get_logger
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.head import sum_of_squares
 from ...losses.policy.groups import group_mean
 from ...losses.policy.oblr_po import gradient_noise, logit_energy, optimal_baseline, snr_multiplier
+from ...models.observation import causal_lm, decoder_layers, lm_head
 from ..method import Method
-from ..statistics import causal_lm, decoder_layers, lm_head
 from .base import PolicyConfig, PolicyTrainer
 from .record import RolloutRecord, ScoredBatch
 from .scoring import OldPass

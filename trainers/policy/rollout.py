@@ -8,14 +8,14 @@ from transformers import LogitsProcessorList
 from trl.extras.profiling import profiling_context
 from trl.models import unwrap_model_for_generation
 
-from ...samplers.tokens.rollout import sample_rollouts, supported
+from ...samplers.decoding.rollout import sample_rollouts, supported
 from .batching import PolicyBatching
 
 logger = get_logger(__name__)
 
 
 class PolicyRollout(PolicyBatching):
-    """Completions by [`~papertrl.samplers.tokens.rollout.sample_rollouts`] where it stands in for `generate`."""
+    """Completions by [`~papertrl.samplers.decoding.rollout.sample_rollouts`] where it stands in for `generate`."""
 
     def logits_processors(self) -> LogitsProcessorList:
         """

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.scaf_grpo import exempt_steps, weakest_success
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from trl.trainer.utils import pad
 
+from ...models.observation import Pass, backbone, last_mlp, observe
 from ..shared_prefix import SharesPrompts, shared_inputs
-from ..statistics import Pass, backbone, last_mlp, observe
 from .objective import PolicyObjective
 from .record import MULTIMODAL_KEYS, Generation, RolloutRecord
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.policy.two_stage_math import cosine_reward, relative_length_reward
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer

@@ -12,12 +12,12 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.dpo_trainer import global_then_local_main_first
 from trl.trainer.utils import use_adapter
 
-from ...configuration import MethodConfigMixin, method_config, method_field
+from ...core.configuration import MethodConfigMixin, method_config, method_field
 from ...losses.preference.pair_losses import call_pair_loss
 from ...losses.preference.scores import divergence_score, sequence_logps, wpo_weights
+from ...losses.terms import LossTerm
 from ..method import MethodTrainer
 from ..shared_prefix import SharesPrompts
-from ..terms import LossTerm
 from .collation import CarryingCollator
 from .record import PreferenceRecord
 from .rounds import PreferenceRounds

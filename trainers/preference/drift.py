@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from trl.data_utils import is_conversational
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.drift import unusable
+from ...losses.terms import LossTerm
 from ...metrics.estimators import distinct_n
+from ...models.tokenization import template_options, tokenize_prompt
 from ...rewards.matching import completion_text
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Group, Pair
 from .record import PreferenceRecord
-from .tokenization import template_options, tokenize_prompt
 
 TEMPLATE_FIELDS = ("prompt", "rejected", "feedback", "instruction")
 Messages = list[dict[str, Any]]
@@ -114,7 +114,7 @@ class DriftDPOTrainer(PreferenceTrainer):
     >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import DriftDPOConfig, DriftDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

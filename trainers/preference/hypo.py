@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.hypo import online_kl_weights
+from ...losses.terms import LossTerm
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 from .sampling import SampledCompletions, left_padded_prompts, sample_completions, sample_seeds
@@ -107,7 +107,7 @@ class HypoDPOTrainer(PreferenceTrainer):
     >>> from copy import deepcopy
     >>> from datasets import Dataset
     >>> from papertrl import HypoDPOConfig, HypoDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

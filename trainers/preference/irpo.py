@@ -7,7 +7,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from trl.trainer.utils import pad
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.irpo import (
     exchanged_weights,
     item_scores,
@@ -17,13 +17,13 @@ from ...losses.preference.irpo import (
     reciprocal_rank,
 )
 from ...losses.preference.scores import sequence_logps
+from ...losses.terms import LossTerm
+from ...models.tokenization import stack_sequences
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .ranking import best_and_worst, tokenize_list
 from .record import PreferenceRecord
 from .replaced import refuse_settings_of_pair_losses
-from .tokenization import stack_sequences
 
 _COLUMNS = ("irpo_prompt_ids", "irpo_completion_ids", "irpo_item_index", "irpo_relevance", "irpo_ranks")
 _PLACES = (1, 3, 5, 10)
@@ -115,7 +115,7 @@ class IrpoDPOTrainer(PreferenceTrainer):
     >>> from copy import deepcopy
     >>> from datasets import Dataset
     >>> from papertrl import IrpoDPOConfig, IrpoDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

@@ -4,7 +4,7 @@ import textwrap
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.ln_dpo import length_divisor
 from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
 from ..method import Method
@@ -77,7 +77,7 @@ class LnDPOTrainer(PreferenceTrainer):
     >>> from copy import deepcopy
     >>> from datasets import Dataset
     >>> from papertrl import LnDPOConfig, LnDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

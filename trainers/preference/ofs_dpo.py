@@ -15,10 +15,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from torch.nn.utils import get_total_norm
 from trl.trainer.utils import disable_dropout_in_model
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.ofs_dpo import chase
+from ...losses.terms import LossTerm
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 
@@ -126,7 +126,7 @@ class OfsDPOTrainer(PreferenceTrainer):
     >>> from datasets import Dataset
     >>> from peft import LoraConfig
     >>> from papertrl import OfsDPOConfig, OfsDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> dataset = Dataset.from_dict({"prompt": ["1+1="] * 8, "chosen": ["2"] * 8, "rejected": ["3"] * 8})

@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .tokenization import template_options, tokenize_completions
+from ...models.tokenization import template_options, tokenize_completions
 
 
 def ranked_list(row: dict[str, Any]) -> tuple[list, list[float], list[float]]:

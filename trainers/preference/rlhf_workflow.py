@@ -5,7 +5,7 @@ from statistics import fmean
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.rlhf_workflow import CHOOSE_TYPES, choose_pair
 from ...losses.preference.scores import either_wrong
 from ..method import Method
@@ -114,7 +114,7 @@ class RlhfWorkflowDPOTrainer(PreferenceTrainer):
     >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import RlhfWorkflowDPOConfig, RlhfWorkflowDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> def digits(completions, **kwargs):
     ...     return [sum(c.isdigit() for c in text) for text in completions]

@@ -4,10 +4,10 @@ import textwrap
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.rpo import sequence_nll
+from ...losses.terms import LossTerm
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 
@@ -75,7 +75,7 @@ class RpoDPOTrainer(PreferenceTrainer):
     >>> from copy import deepcopy
     >>> from datasets import Dataset
     >>> from papertrl import RpoDPOConfig, RpoDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

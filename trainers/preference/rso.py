@@ -7,7 +7,7 @@ from statistics import fmean
 import torch
 from accelerate.utils import broadcast_object_list
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
 from ...losses.preference.rso import Accepted, collapse_equal, point_reward, rejection_sample
 from ..method import Method
@@ -130,7 +130,7 @@ class RsoDPOTrainer(PreferenceTrainer):
     >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import RsoDPOConfig, RsoDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl.trainer.utils import flush_left
 
-from ..statistics import causal_lm
+from ...models.observation import causal_lm
 
 
 @dataclass

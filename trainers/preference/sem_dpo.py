@@ -7,10 +7,10 @@ import torch
 from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
-from ...configuration import method_config, method_field
-from ...encoders import Encoder, encode, load_encoder
+from ...core.configuration import method_config, method_field
+from ...data.messages import last_text
 from ...losses.preference.sem_dpo import semantic_distance, semantic_weights
-from ...messages import last_text
+from ...models.encoders import Encoder, encode, load_encoder
 from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
@@ -93,7 +93,7 @@ class SemDPOTrainer(PreferenceTrainer):
     >>> from copy import deepcopy
     >>> from datasets import Dataset
     >>> from papertrl import SemDPOConfig, SemDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

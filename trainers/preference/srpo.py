@@ -8,15 +8,15 @@ import torch
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
+from ...evaluation.revision import CHAT_REQUEST, TEXT_TEMPLATE, revision_prompt
 from ...losses.preference.srpo import improver_loss, joint_loss
-from ...samplers.revision import CHAT_REQUEST, TEXT_TEMPLATE, revision_prompt
+from ...losses.terms import LossTerm
+from ...models.tokenization import stack_sequences, template_options, tokenize_prompt
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 from .replaced import refuse_settings_of_pair_losses
-from .tokenization import stack_sequences, template_options, tokenize_prompt
 
 
 @method_config
@@ -104,7 +104,7 @@ class SrpoDPOTrainer(PreferenceTrainer):
     >>> from copy import deepcopy
     >>> from datasets import Dataset
     >>> from papertrl import SrpoDPOConfig, SrpoDPOTrainer, revise
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

@@ -10,7 +10,7 @@ from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from trl import DPOTrainer
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.rpo import sequence_nll
 from ...losses.preference.scores import either_wrong
 from ...losses.preference.upo import (
@@ -21,9 +21,9 @@ from ...losses.preference.upo import (
     selection_probabilities,
     smoothing_alpha,
 )
-from ...uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
+from ...losses.terms import LossTerm
+from ...models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
@@ -173,7 +173,7 @@ class UpoDPOTrainer(PreferenceTrainer):
     >>> from copy import deepcopy
     >>> from datasets import Dataset
     >>> from papertrl import UpoDPOConfig, UpoDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> tokenizer = tiny_tokenizer()
     >>> model = tiny_model(tokenizer)

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.preference.xpo import explored_logps, scheduled
+from ...losses.terms import LossTerm
+from ...models.tokenization import stack_sequences
 from ..method import Method
-from ..terms import LossTerm
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
-from .tokenization import stack_sequences
 
 
 @method_config
@@ -96,7 +96,7 @@ class XpoDPOTrainer(PreferenceTrainer):
     >>> from tempfile import mkdtemp
     >>> from datasets import Dataset
     >>> from papertrl import XpoDPOConfig, XpoDPOTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
 
     >>> def digits(completions, **kwargs):
     ...     return [sum(c.isdigit() for c in text) for text in completions]

@@ -4,11 +4,11 @@ import math
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.divergence import token_kl
 from ...losses.supervised.asft import dft_weight
+from ...losses.terms import LossTerm
 from ..method import Method
-from ..terms import LossTerm
 from .base import SupervisedConfig, SupervisedTrainer
 from .record import SupervisedRecord
 
@@ -90,7 +90,7 @@ class AsftSFTTrainer(SupervisedTrainer):
     ```python
     >>> from datasets import Dataset
     >>> from papertrl import AsftSFTConfig, AsftSFTTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
     >>> tokenizer = tiny_tokenizer()
     >>> sums = [{"prompt": f"{a}+1=", "completion": f"{a + 1}"} for a in range(8)]
     >>> args = AsftSFTConfig(output_dir="asft", anchor_coef=0.1, max_steps=2, use_cpu=True, report_to="none")

@@ -14,12 +14,12 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ...configuration import MethodConfigMixin
+from ...core.configuration import MethodConfigMixin
 from ...losses.divergence import LazyLogits
+from ...losses.terms import LossTerm
+from ...models.observation import Pass, backbone, lm_head, observe
 from ..method import MethodTrainer
 from ..reference import as_reference, frozen_copy, keep_adapter
-from ..statistics import Pass, backbone, lm_head, observe
-from ..terms import LossTerm
 from .record import SupervisedRecord
 
 # First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from ...configuration import method_config, method_field
+from ...core.configuration import method_config, method_field
 from ...losses.supervised.implicit_reward_sft import (
     DIVERGENCES,
     FLOORS,
@@ -117,7 +117,7 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
     ```python
     >>> from datasets import Dataset
     >>> from papertrl import ImplicitRewardSFTConfig, ImplicitRewardSFTTrainer
-    >>> from papertrl.tiny import tiny_model, tiny_tokenizer
+    >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
     >>> tokenizer = tiny_tokenizer()
     >>> sums = [{"prompt": f"{a}+1=", "completion": f"{a + 1}"} for a in range(8)]
     >>> args = ImplicitRewardSFTConfig(output_dir="implicit", max_steps=2, use_cpu=True, report_to="none")

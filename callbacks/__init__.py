@@ -1,0 +1,1 @@
+"""Observers: callbacks that watch a run."""

@@ -1,0 +1,1 @@
+"""The declarations of all methods: one TOML file each."""

@@ -1,0 +1,1 @@
+"""What everything else builds on: declarations, families, slots, composition, configuration."""

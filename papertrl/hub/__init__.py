@@ -1,0 +1,1 @@
+"""From the folder of a run to the Hub: run files, cards, publishing, Spaces."""

@@ -1,0 +1,222 @@
+"""Training data of a job: a task's problems or a dataset, with the columns that the trainer's family needs."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+
+from ..core.errors import JobError
+from ..data.converters import as_messages, to_format
+from ..tasks import Task, load_task
+from .arguments import JobArguments
+
+FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+COLUMNS = {
+    "policy": [("prompt",)],
+    "supervised": [("text",), ("messages",), ("prompt", "completion"), ("input_ids",)],
+}
+
+
+@dataclass
+class JobData:
+    """
+    What a job trains and is judged on.
+
+    Args:
+        train (`Dataset` or `IterableDataset`):
+            Training rows, as the trainer takes them.
+        eval (`Dataset`, *optional*):
+            Held-out rows in the same format.
+        problems (`Dataset`, *optional*):
+            Held-out prompts with what the judges read; `None` where nothing can be judged.
+        judges (`list` of `Callable`):
+            Reward functions that judge completions of `problems`.
+        measure (`str`):
+            What the judges' mean is called.
+    """
+
+    train: Dataset | IterableDataset
+    eval: Dataset | None
+    problems: Dataset | None
+    judges: list[Callable]
+    measure: str
+    max_new_tokens: int | None = None
+
+
+def task_of(arguments: JobArguments) -> Task | None:
+    """The job's task, or `None` if it trains on a dataset."""
+    if arguments.dataset_name is None:
+        return load_task(arguments.task or "addition", **arguments.task_kwargs)
+    if arguments.task is not None:
+        raise JobError(
+            f"Both `task` '{arguments.task}' and `dataset_name` '{arguments.dataset_name}' are set; drop one."
+        )
+    return None
+
+
+def task_data(
+    task: Task, family: str, arguments: JobArguments, seed: int, chat: bool, online: bool = False
+) -> JobData:
+    """
+    Draw a task's problems, in the view of `family`.
+
+    Args:
+        chat (`bool`):
+            Whether the model has a chat template, for which prompts and answers become messages.
+        online (`bool`, *optional*, defaults to `False`):
+            Whether preference pairs are made in training, of the prompts.
+    """
+    if arguments.task_size < 1:
+        raise JobError(f"`task_size` must be at least 1, got {arguments.task_size}: the training set would be empty.")
+    train, test = task.splits(arguments.task_size, arguments.held_out_prompts, seed)
+    view = {"policy": lambda d: d, "preference": task.preference, "supervised": task.supervised}[family]
+    problems = test if len(test) else None
+    data = JobData(
+        (task.online if online else view)(train),
+        view(test) if problems else None,
+        problems,
+        [task.reward],
+        task.measure,
+        task.max_new_tokens,
+    )
+    if chat:
+        data.train, data.eval, data.problems = (d and as_messages(d) for d in (data.train, data.eval, data.problems))
+    return data
+
+
+def dataset_data(
+    family: str,
+    arguments: JobArguments,
+    judges: list[Callable],
+    formats: tuple[str, ...] = (),
+    eval_formats: tuple[str, ...] = (),
+) -> JobData:
+    """
+    Load the job's dataset and check it.
+
+    Args:
+        formats (`tuple[str, ...]`, *optional*):
+            What preference methods take, the best first: the dataset is converted to one of these. See [`FORMATS`].
+        eval_formats (`tuple[str, ...]`, *optional*):
+            What they are evaluated on. None for no evaluation.
+
+    Raises:
+        [`JobError`]: if it cannot be loaded, is empty, or lacks a split or column, or if rows of preference data are
+            malformed; the message names what is there.
+    """
+    dataset = load_splits(arguments)
+    name = arguments.dataset_name
+    if arguments.dataset_train_split not in dataset:
+        raise JobError(
+            f"Dataset '{name}' has no split '{arguments.dataset_train_split}'; it has {sorted(dataset)}. Set "
+            "`--dataset_train_split`."
+        )
+    train = dataset[arguments.dataset_train_split]
+    test = dataset.get(arguments.dataset_test_split)
+    if isinstance(train, Dataset) and len(train) == 0:
+        raise JobError(f"Dataset '{name}' is empty: its training split has no rows. Check the file or the split.")
+    problems = None
+    if judges and isinstance(test, Dataset) and arguments.held_out_prompts:
+        problems = test.select(range(min(len(test), arguments.held_out_prompts)))
+    if family != "preference":
+        check_columns(name, train, family)
+    else:
+        train = preference_rows(name, arguments.dataset_train_split, train, formats)
+        evaluated = test is not None and eval_formats
+        test = preference_rows(name, arguments.dataset_test_split, test, eval_formats) if evaluated else None
+        problems = problems and preference_rows(name, arguments.dataset_test_split, problems, ("prompts",))
+    return JobData(train, test, problems, judges, "reward")
+
+
+def preference_rows(
+    name: str, split: str, dataset: Dataset | IterableDataset, formats: tuple[str, ...]
+) -> Dataset | IterableDataset:
+    """
+    The rows in one of `formats`, checked.
+
+    Raises:
+        [`JobError`]: if there is no way from their format to these, a row is malformed, or none is left.
+    """
+    try:
+        dataset = to_format(dataset, formats)
+    except ValueError as error:
+        raise JobError(f"Dataset '{name}', split '{split}': {error}") from error
+    if isinstance(dataset, Dataset) and len(dataset) == 0:
+        raise JobError(
+            f"Dataset '{name}', split '{split}': no row is left of which {' or '.join(formats)} can be made."
+        )
+    return dataset
+
+
+def check_columns(name: str, dataset: Dataset | IterableDataset, family: str) -> None:
+    """
+    Check that a dataset has the columns that trainers of `family` read.
+
+    Raises:
+        [`JobError`]: naming the missing column and those present.
+    """
+    present = dataset.column_names
+    if present is None:
+        present = list(next(iter(dataset)))
+    wanted = COLUMNS[family]
+    if any(set(columns) <= set(present) for columns in wanted):
+        return
+    texts = [" and ".join(f"`{column}`" for column in columns) for columns in wanted]
+    raise JobError(
+        f"Dataset '{name}' lacks the column {', or '.join(texts)}, which {family} methods need; its columns are "
+        f"{sorted(present)}. Rename the column that holds it."
+    )
+
+
+def check_reward_columns(judges: list[Callable], train: Dataset | IterableDataset, name: str) -> None:
+    """
+    Check that the dataset has the columns that reward functions read, going by their required parameters.
+
+    Raises:
+        [`JobError`]: naming the reward, the missing column and those present.
+    """
+    present = set(train.column_names or next(iter(train)))
+    for judge in judges:
+        parameters = inspect.signature(judge).parameters.values()
+        required = [
+            p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
+        ]
+        for column in required:
+            if column not in present | GIVEN_TO_REWARDS:
+                raise JobError(
+                    f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its "
+                    f"columns are {sorted(present)}. Rename the column that has it, or choose other `--reward_funcs`."
+                )
+
+
+def load_splits(arguments: JobArguments) -> DatasetDict | IterableDatasetDict:
+    """Splits of the dataset that `arguments` name; see [`dataset_data`] for the errors."""
+    name = arguments.dataset_name
+    path = Path(name)
+    try:
+        if path.suffix in FILE_FORMATS:
+            if not path.is_file():
+                raise JobError(f"`dataset_name`: there is no file '{name}'.")
+            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
+            return load_dataset(
+                FILE_FORMATS[path.suffix],
+                data_files={arguments.dataset_train_split: str(path)},
+                streaming=arguments.dataset_streaming,
+                **options,
+            )
+        if path.is_dir() and (path / "dataset_dict.json").exists():
+            return DatasetDict.load_from_disk(str(path))
+        if path.is_dir() and (path / "state.json").exists():
+            return DatasetDict({arguments.dataset_train_split: Dataset.load_from_disk(str(path))})
+        return load_dataset(name, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
+    except JobError:
+        raise
+    except Exception as error:
+        detail = " ".join(str(error).split())[:300]
+        raise JobError(
+            f"Dataset '{name}' cannot be loaded ({type(error).__name__}: {detail}). Give a Hub id that is reachable, "
+            "a local folder, or a .json, .jsonl, .csv, .tsv or .parquet file; an empty file holds no rows to train on."
+        ) from error

@@ -1,0 +1,100 @@
+"""What a trainer tells of its run: `run.json` and the model card."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from trl.trainer.utils import get_config_model_id
+
+from ..core.configuration import field_default, own_fields
+from ..hub.cards import model_card
+from ..hub.files import CARD_FILE, RUN_FILE
+from ..hub.runfile import NO_CONFIGURATION, hardware, is_repo_id, plain, read_json, versions, write_run
+from ..hub.scrubbing import names_a_secret, scrub
+
+
+def create_card(trainer: Any, dataset_name: str | None, tags: str | list[str] | None) -> None:
+    """
+    Write `run.json` and the card of a trainer into its output directory.
+
+    Args:
+        trainer ([`~papertrl.trainers.method.MethodTrainer`]):
+            Trainer of one or several methods.
+        dataset_name (`str`, *optional*):
+            Dataset trained on.
+        tags (`str` or `list[str]`, *optional*):
+            Tags beside those of TRL, papertrl, the methods and their papers.
+    """
+    folder = Path(trainer.args.output_dir)
+    run = describe(trainer)
+    run["tags"] += [tags] if isinstance(tags, str) else list(tags or [])
+    if dataset_name is not None:
+        run["dataset"] = {"id": dataset_name}
+    folder.mkdir(parents=True, exist_ok=True)
+    earlier = read_json(folder / RUN_FILE)
+    if earlier is not None and any(earlier.get(key) != scrub(run[key]) for key in ("methods", "config")):
+        # Scores and examples of another run
+        (folder / RUN_FILE).unlink()
+    run = write_run(folder, run)
+    (folder / CARD_FILE).write_text(model_card(run, folder))
+
+
+def describe(trainer: Any) -> dict[str, Any]:
+    """
+    What a trainer alone tells of its run, as JSON-like values without secrets, paths and host names.
+
+    Args:
+        trainer ([`~papertrl.trainers.method.MethodTrainer`]):
+            Trainer of one or several methods.
+    """
+    owners = [cls for cls in type(trainer).__mro__ if cls.__dict__.get("method") is not None]
+    model_id = get_config_model_id(trainer.model.config)
+    on_hub = bool(model_id) and is_repo_id(model_id) and not os.path.isdir(model_id)
+    runtimes = [line["train_runtime"] for line in trainer.state.log_history if "train_runtime" in line]
+    adapter = hasattr(trainer.accelerator.unwrap_model(trainer.model), "peft_config")
+    return {
+        "format": 1,
+        "trainer": trainer._name,
+        "family": trainer.family,
+        "methods": [
+            {
+                "name": owner.method.name,
+                "title": owner._name,
+                "summary": owner.method.summary,
+                "signal": owner.method.signal,
+                "paper": {key: owner._paper[key].strip() for key in ("title", "id", "citation")},
+            }
+            for owner in owners
+        ],
+        "tags": [*trainer._tag_names, *(owner.method.name for owner in owners)],
+        "adapter": adapter,
+        "config": scrub(configuration(trainer.args)),
+        "seed": trainer.args.seed,
+        "steps": trainer.state.global_step,
+        "seconds": round(runtimes[-1], 1) if runtimes else None,
+        "versions": versions(adapter),
+        "hardware": hardware(trainer.accelerator.num_processes),
+        "hub": {"repo_id": trainer.args.hub_model_id, "private": bool(trainer.args.hub_private_repo)},
+    } | ({"base_model": model_id} if on_hub else {})
+
+
+def configuration(args: Any) -> dict[str, Any]:
+    """Fields of a config that differ from the defaults of its TRL parent, and every field of the methods."""
+    parent = next(cls for cls in type(args).__mro__ if cls.__module__.startswith("trl."))
+    inherited = {f.name: f for f in dataclasses.fields(parent)}
+    own = [
+        f.name
+        for cls in reversed(type(args).__mro__)
+        if cls.__module__.startswith("papertrl") and dataclasses.is_dataclass(cls) and "__annotations__" in vars(cls)
+        for f in own_fields(cls)
+    ]
+    names = [*own, *(name for name in inherited if name not in own)]
+    chosen = {}
+    for name in names:
+        value = plain(getattr(args, name))
+        kept_out = name in NO_CONFIGURATION or name.startswith("hub_") or names_a_secret(name)
+        if kept_out or (name in inherited and value == plain(field_default(inherited[name]))):
+            continue
+        chosen[name] = value
+    return chosen
