@@ -23,7 +23,7 @@ FAMILY = {
     "supervised": {"max_length": 256},
 }
 # Values that a method has no default for, or that would let it reach another length
-SETTINGS = {"hypo": {"online_kl_max_new_tokens": LAW[2]}, "dler": {"truncation_length": LAW[2] // 2}}
+SETTINGS = {"hypo": {"hypo_kl_max_new_tokens": LAW[2]}, "dler": {"truncation_length": LAW[2] // 2}}
 
 
 def save_plain(model: harness.BenchModel, folder: str) -> None:

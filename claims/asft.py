@@ -28,7 +28,7 @@ CLAIM = Claim(
     arms={
         "SFT": Arm(grid=RATES),
         "ASFT": Arm(methods=("asft",), grid=RATES),
-        "DFT": Arm(methods=("asft",), settings={"anchor_coef": 0.0}, grid=RATES),
+        "DFT": Arm(methods=("asft",), settings={"asft_anchor_coef": 0.0}, grid=RATES),
     },
     comparisons=(
         Comparison("ASFT", "SFT", ACCURACY, 0.05),

@@ -6,7 +6,7 @@ from ..evidence import Arm, Claim, Comparison, Metric, Probe, Start
 
 TRUSTED = Metric("trusted")
 PENALTIES = {"beta": (0.3, 1.0)}
-CONSTRAINED = {"constraint_thresholds": {"a_share": 0.4, "vowel_share": 0.6}, "lagrange_lr": 0.3}
+CONSTRAINED = {"constraint_thresholds": {"a_share": 0.4, "vowel_share": 0.6}, "constraint_lagrange_lr": 0.3}
 
 
 def share(text: str, letters: str) -> float:

@@ -8,9 +8,9 @@ RATES = {"learning_rate": (5e-4, 1e-3)}
 LIMIT = 6
 # DLER without all but its limit
 TRUNCATION = {
-    "truncation_length": LIMIT,
-    "advantage_whitening": "none",
-    "dynamic_sampling": False,
+    "dler_truncation_length": LIMIT,
+    "dler_advantage_whitening": "none",
+    "dler_dynamic_sampling": False,
     "epsilon_high": 0.2,
     "delta": None,
     "beta": 0.0,
@@ -33,7 +33,7 @@ CLAIM = Claim(
     },
     arms={
         "GRPO + truncation": Arm(methods=("dler",), settings=TRUNCATION, grid=RATES),
-        "DLER": Arm(methods=("dler",), settings={"truncation_length": LIMIT}, grid=RATES),
+        "DLER": Arm(methods=("dler",), settings={"dler_truncation_length": LIMIT}, grid=RATES),
         "GRPO": Arm(grid=RATES, note="no limit"),
     },
     comparisons=(

@@ -58,7 +58,7 @@ CLAIM = Claim(
             methods=("dynamic_reward_weighting",), settings={"weighting_regularization": 0.01}, grid=RATES
         ),
         "by hypervolume": Arm(
-            methods=("dynamic_reward_weighting",), settings={"reward_weighting": "hypervolume"}, grid=RATES
+            methods=("dynamic_reward_weighting",), settings={"weighting_mode": "hypervolume"}, grid=RATES
         ),
     },
     comparisons=(

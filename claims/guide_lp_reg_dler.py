@@ -4,7 +4,7 @@ from ..evidence import Arm, Claim, Comparison
 from .hinted_sums import ACCURACY, HINTED_SUMS, PER_TOKEN, RATES
 
 GUIDE = {"guide_max_resample_batches": 0}
-DLER = {"max_resample_batches": 1, "beta": 0.0}
+DLER = {"dler_max_resample_batches": 1, "beta": 0.0}
 
 CLAIM = Claim(
     method="guide_lp_reg_dler",

@@ -37,7 +37,7 @@ CLAIM = Claim(
         "DPO": Arm(grid=BETAS),
         "HyPO": Arm(
             methods=("hypo",),
-            settings={"online_kl_coef": 0.05, "online_kl_num_samples": 4, "online_kl_max_new_tokens": 13},
+            settings={"hypo_kl_coef": 0.05, "hypo_kl_num_samples": 4, "hypo_kl_max_new_tokens": 13},
             grid=BETAS,
         ),
         "DPO, β tripled": Arm(grid={"beta": (0.15, 0.3)}),

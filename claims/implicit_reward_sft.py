@@ -73,7 +73,7 @@ def after_dpo(probe: Probe) -> dict[str, float]:
     return {"after_dpo": accuracies(tuned)["taught"]}
 
 
-PEARSON = {"sft_divergence": "pearson_chi2", "sft_divergence_level": "sequence", "sft_beta": 0.5}
+PEARSON = {"implicit_divergence": "pearson_chi2", "implicit_divergence_level": "sequence", "implicit_beta": 0.5}
 SLOW = {"learning_rate": USUAL_RATE / 4}
 
 CLAIM = Claim(

@@ -16,8 +16,8 @@ import yaml
 
 import papertrl
 from papertrl.core.catalogue import COMBINATIONS, METHODS, class_stem, find, load_trainer, method_table
+from papertrl.core.compose import compose
 from papertrl.evidence import load_claim
-from papertrl.trainers.method import compose
 
 from .suite import (
     ACTIVE,
@@ -38,18 +38,18 @@ ROOT = Path(__file__).parents[1]
 PAIRS = [pair for family in PARENTS for pair in itertools.combinations(methods_of(family), 2)]
 # Both replace the stage; the last is how the message says to resolve it
 INCOMPATIBLE = {
-    ("lite_ppo", "dler"): ("scale", {"advantage_whitening": "none"}),
+    ("lite_ppo", "dler"): ("scale", {"dler_advantage_whitening": "none"}),
     ("lite_ppo", "hapo"): ("scale", {"hapo_token_group_average": False}),
-    ("dler", "hapo"): ("scale", {"advantage_whitening": "none"}),
+    ("dler", "hapo"): ("scale", {"dler_advantage_whitening": "none"}),
     ("oblr_po", "hapo"): ("baseline", {"hapo_token_group_average": False}),
     ("guide_grpo", "scaf_grpo"): ("repair", {"scaf_exempt_ratio": 1.0}),
     ("lite_ppo", "disco"): ("scale", {"disco_score": "none"}),
     ("dler", "disco"): ("scale", {"disco_score": "none"}),
     ("disco", "hapo"): ("scale", {"disco_score": "none"}),
     ("disco", "deepsearch"): ("spread", {"disco_score": "none"}),
-    ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"reward_weighting": "none"}),
+    ("constrained_rlhf", "dynamic_reward_weighting"): ("combine_rewards", {"weighting_mode": "none"}),
     ("constrained_rlhf", "two_stage_math"): ("combine_rewards", {"constraint_thresholds": None}),
-    ("dynamic_reward_weighting", "two_stage_math"): ("combine_rewards", {"reward_weighting": "none"}),
+    ("dynamic_reward_weighting", "two_stage_math"): ("combine_rewards", {"weighting_mode": "none"}),
     ("drift", "rlhf_workflow"): ("pair", {"online_iterations": 0}),
     ("drift", "rso"): ("pair", {"rso_pairing": "none"}),
     ("rlhf_workflow", "rso"): ("pair", {"rso_pairing": "none"}),

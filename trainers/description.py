@@ -56,7 +56,7 @@ def describe(trainer: Any) -> dict[str, Any]:
     return {
         "format": 1,
         "trainer": trainer._name,
-        "family": trainer.family,
+        "family": trainer.family.name,
         "methods": [
             {
                 "name": owner.method.name,

@@ -1,101 +1,79 @@
-"""What a method declares about itself, how methods combine, and what every family base shares."""
+"""What every trainer of the library shares, whatever its family: config, methods, slots, metrics, state, card."""
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import inspect
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import safe_open
+from datasets import Dataset
+from transformers import set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
-from trl.trainer.utils import get_config_model_id
+from trl.trainer.utils import create_model_from_path, get_config_model_id
 
 from ..core.configuration import merge_configs
+from ..core.declaration import Method
+from ..core.family import Family
+from ..core.slots import Component, Components, refuse_shared_slots
+from ..core.stages import Link, Staged
 from ..core.state import load_state, save_state
+from .checkpoints import check_checkpoint, last_complete_checkpoint
 from .description import create_card
 from .publishing import create_trainer_repo, publish_checkpoint, publish_trainer
+from .user_stages import UserStage, check_user_stages
 
 
-@dataclass(frozen=True)
-class Method:
+class MethodTrainer(Staged):
     """
-    Declaration of one paper's method, set as `method` on its trainer.
+    Mixin of the family bases: adopts the config, combines methods, fills slots, saves and restores state, logs.
 
-    Args:
-        name (`str`):
-            Short name: that of the method's files and of `--method`.
-        summary (`str`):
-            What the method does, in one line.
-        extends (`tuple[str, ...]`):
-            Stages that the method extends through `super()`. Any number of methods may extend a stage.
-        replaces (`dict[str, dict[str, Any]]`):
-            Stages that the method decides alone, each with the config values under which it leaves the stage to
-            others. At most one of the methods combined in a trainer may replace a stage.
-        neutral (`dict[str, Any]`):
-            Config values under which the trainer equals its TRL parent.
-        signal (`str`):
-            Logged metric that is positive when the mechanism acts.
+    Subclasses combine by inheritance. `__init_subclass__` collects the methods and components in the class's bases
+    and merges configs, tags and citations unless the class body sets them. The constructor refuses two methods that,
+    under the given config, replace one stage or fill one slot.
     """
 
-    name: str
-    summary: str
-    extends: tuple[str, ...] = ()
-    replaces: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    neutral: Mapping[str, Any] = field(default_factory=dict)
-    signal: str = ""
-
-    def decides(self, stage: str, args: Any) -> bool:
-        """Whether the method replaces `stage` under the config `args`."""
-        if stage not in self.replaces:
-            return False
-        given_up = self.replaces[stage]
-        return not given_up or any(getattr(args, name) != value for name, value in given_up.items())
-
-
-class MethodTrainer:
-    """
-    Mixin of the family bases: adopts the config, combines methods, saves and restores their state, logs.
-
-    Subclasses combine by inheritance. `__init_subclass__` collects the methods in the class's bases and merges
-    configs, tags and citations unless the class body sets them. The constructor refuses two methods that, under the
-    given config, replace one stage.
-    """
-
-    family: ClassVar[str]
-    trl_suffix: ClassVar[str]
-    stages: ClassVar[tuple[str, ...]]
-    method: ClassVar[Method | None] = None
-    methods: ClassVar[tuple[Method, ...]] = ()
+    family: ClassVar[Family]
+    components: ClassVar[tuple[type[Component], ...]] = ()
     config_class: ClassVar[type]
+    hooks = (
+        "refuse_clashes",
+        "method_state",
+        "load_method_state",
+        "rank_state",
+        "load_rank_state",
+        "_name",
+        "_tag_names",
+        "_paper",
+    )
+    stages = {}
+    # Set before TRL's constructor runs, which calls stages
+    slots: Components
+    user_stages: dict[str, UserStage]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        owners = [base for base in cls.__mro__ if isinstance(base.__dict__.get("method"), Method)]
-        cls.methods = tuple(owner.method for owner in owners)
-        for m in cls.methods:
-            unknown = [stage for stage in (*m.extends, *m.replaces) if stage not in cls.stages]
-            if unknown:
-                raise TypeError(
-                    f"Method '{m.name}' names stages {unknown}, but the {cls.family} stages are {cls.stages}."
-                )
-        if len(owners) > 1:
-            papers = [owner._paper for owner in owners]
-            inherited = {
-                "config_class": lambda: merge_configs(
-                    cls.__name__.removesuffix("Trainer") + "Config", tuple(owner.config_class for owner in owners)
-                ),
-                "_name": lambda: " + ".join(owner._name for owner in owners),
-                "_tag_names": lambda: list(dict.fromkeys(tag for owner in owners for tag in owner._tag_names)),
-                "_paper": lambda: {
-                    "title": papers[0]["title"],
-                    "id": papers[0]["id"],
-                    "citation": "\n\n".join(paper["citation"] for paper in papers),
-                },
-            }
-            for name, make in inherited.items():
-                if name not in cls.__dict__:
-                    setattr(cls, name, make())
+        listed = [component for base in cls.__mro__ for component in base.__dict__.get("components", ())]
+        cls.components = tuple(dict.fromkeys(listed))
+        owners = cls.owners()
+        cls.methods = tuple(dict.fromkeys([*cls.methods, *(c.method for c in cls.components)]))
+        if not cls.methods:
+            return
+        configs = tuple(owner.__dict__.get("config_class", owner.config_class) for owner in owners)
+        plain = [base.config_class for base in cls.__mro__ if {"stages", "config_class"} <= base.__dict__.keys()]
+        made = {
+            "config_class": lambda: merge_configs(
+                cls.__name__.removesuffix("Trainer") + "Config",
+                (*(configs or plain[:1]), *(c.config_class for c in cls.components)),
+            ),
+            "_name": lambda: " + ".join(m.title for m in cls.methods),
+            "_tag_names": lambda: list(
+                dict.fromkeys(["trl", "papertrl", cls.family.plain, *(tag for m in cls.methods for tag in m.tags)])
+            ),
+            "_paper": lambda: _paper_of(cls.methods),
+        }
+        for name, make in made.items():
+            if name not in cls.__dict__ or (name == "config_class" and cls.components):
+                setattr(cls, name, make())
 
     @classmethod
     def make_config(cls, args: Any, model: Any) -> Any:
@@ -113,30 +91,21 @@ class MethodTrainer:
             args = cls.config_class(f"{model_name.split('/')[-1]}-{cls.__name__.removesuffix('Trainer')}")
         args = cls.config_class.adopt(args)
         cls.refuse_clashes(args)
+        refuse_shared_slots(cls.components, args)
         return args
 
     @classmethod
-    def refuse_clashes(cls, args: Any) -> None:
-        """
-        Check that no two methods of this class replace the same stage under the config `args`.
+    def needs_scores(cls, args: Any) -> bool:
+        """Whether, under the config `args`, there must be somebody who judges completions."""
+        return cls.family.is_judged(args)
 
-        Raises:
-            `ValueError`: naming both methods, the stage, and the settings that resolve the clash.
+    @classmethod
+    def dataset_formats(cls, args: Any) -> tuple[str, ...]:
         """
-        for i, first in enumerate(cls.methods):
-            for second in cls.methods[i + 1 :]:
-                for stage in first.replaces.keys() & second.replaces.keys():
-                    if first.decides(stage, args) and second.decides(stage, args):
-                        ways = " or ".join(
-                            " and ".join(f"{name}={value!r}" for name, value in m.replaces[stage].items())
-                            + f" ('{m.name}' then leaves the stage alone)"
-                            for m in (first, second)
-                            if m.replaces[stage]
-                        )
-                        raise ValueError(
-                            f"Methods '{first.name}' and '{second.name}' do not combine as they are: both replace the "
-                            f"stage '{stage}'. Leave one of them out{f', or set {ways}' if ways else ''}."
-                        )
+        Formats of [`~papertrl.data.FORMATS`] that the training dataset may have under the config `args`, the best
+        first: a job converts to them. None where the family's columns are taken as they are.
+        """
+        return ()
 
     @classmethod
     def needed_columns(cls, args: Any) -> list[str]:
@@ -145,6 +114,119 @@ class MethodTrainer:
         `super()`.
         """
         return []
+
+    # --- Slots --------------------------------------------------------------------------------------------------
+
+    # Class of the model and further arguments with which TRL loads one that is given by name
+    architecture: ClassVar[Any] = None
+    architecture_kwargs: ClassVar[Mapping[str, Any]] = {}
+
+    def trl_arguments(
+        self, parent: type, model: Any, *args: Any, stages: Mapping[str, Callable | str] | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """
+        Arguments of TRL's constructor by name: config adopted, columns checked, slots filled.
+
+        The one place where the slots *data*, *reward* and *model* act.
+
+        Args:
+            parent (`type`):
+                TRL's trainer.
+            model, *args, **kwargs:
+                As the user passed them.
+            stages (`dict[str, Callable]`, *optional*):
+                The user's functions for stages, by the stage's function.
+        """
+        given = dict(inspect.signature(parent.__init__).bind(self, model, *args, **kwargs).arguments)
+        del given["self"]
+        config = given["args"] = self.make_config(given.get("args"), model)
+        self.user_stages = check_user_stages(type(self), stages)
+        # Stages run inside of TRL's constructor, before it sets this
+        self.args = config
+        self.slots = Components(c for c in (component(config) for component in self.components) if c.on)
+        for component in self.slots.of("data"):
+            given["train_dataset"] = component.rows(given.get("train_dataset"))
+        self.check_columns(given.get("train_dataset"), config)
+        rewards = [reward for component in self.slots.of("reward") for reward in component.reward_funcs()]
+        if rewards:
+            given["reward_funcs"] = [*_as_list(given.get("reward_funcs")), *rewards]
+        if self.slots.of("model") and isinstance(model, str):
+            given["model"] = self._load_model(model, config, given.pop("quantization_config", None))
+        for component in self.slots.of("model"):
+            given["model"] = component.prepare(given["model"])
+        return given
+
+    @classmethod
+    def _load_model(cls, name: str, args: Any, quantization_config: Any) -> torch.nn.Module:
+        kwargs = dict(args.model_init_kwargs or {}) | dict(cls.architecture_kwargs)
+        if quantization_config is not None:
+            kwargs["quantization_config"] = quantization_config
+        if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+            kwargs["device_map"] = None
+        kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+        set_seed(args.seed)
+        return create_model_from_path(name, cls.architecture, **kwargs)
+
+    def attach_slots(self) -> None:
+        """Let the components see the finished trainer; the last call of a family base's constructor."""
+        optimizers = self.slots.of("optimizer")
+        if optimizers and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
+            raise ValueError(
+                f"`optimizers`: component '{optimizers[0].method.name}' brings an optimizer, and one is passed too. "
+                "Leave one of them out."
+            )
+        for component in optimizers:
+            self.optimizer_cls_and_kwargs = component.optimizer_cls_and_kwargs(self.args, self.model)
+        for component in self.slots:
+            component.attach(self)
+            for callback in component.callbacks():
+                self.add_callback(callback)
+        chooser = self.slots.prompts()
+        if chooser is not None and not isinstance(self.train_dataset, Dataset):
+            raise ValueError(
+                f"Component '{chooser.method.name}' chooses rows and needs a map-style `train_dataset`, got "
+                f"`{type(self.train_dataset).__name__}`. Load the dataset without streaming."
+            )
+
+    def _user_links(self, stage: str, function: str) -> tuple[list[Link], list[Link]]:
+        user = self.user_stages.get(function)
+        if user is None:
+            return [], []
+        signature = inspect.signature(getattr(type(self), function))
+
+        def run(trainer, *args, **kwargs):
+            given = dict(list(signature.bind(trainer, *args, **kwargs).arguments.items())[1:])
+            default = trainer._run(function, type(trainer), args, kwargs) if user.extends else None
+            return user(trainer, given, default)
+
+        link = Link(user, run)
+        return ([link], []) if user.extends else ([], [link])
+
+    def keyed_generator(self, *key: int) -> torch.Generator:
+        """CPU generator for this optimizer step and `key`: the same on every rank and after a resume."""
+        number = self.args.seed
+        for part in (self.state.global_step, *key):
+            number = (number * 1_000_003 + part + 1) % 2**62
+        return torch.Generator().manual_seed(number)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        chooser = self.slots.prompts()
+        if chooser is None or self.choosing_itself():
+            return batches, num_items
+        # Chosen right before the step, so that all that was observed of earlier ones has arrived; the loader's rows
+        # only count
+        size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
+        rows = chooser.choose(size * world * len(batches), 0, self.keyed_generator(0))
+        chosen = [
+            rows[start + self.accelerator.process_index * size :][:size] for start in range(0, len(rows), size * world)
+        ]
+        batches = [self.data_collator(self.train_dataset.__getitems__(part)) for part in chosen]
+        return batches, self._get_num_items_in_batch(batches, device)
+
+    def choosing_itself(self) -> bool:
+        """Whether the family asks the slot *prompts* itself, before it samples."""
+        return False
 
     def check_columns(self, dataset: Any, args: Any) -> None:
         """
@@ -170,6 +252,38 @@ class MethodTrainer:
                     f"Methods {[m.name for m in self.methods]} need the dataset column '{column}', but the columns "
                     f"are {sorted(names)}."
                 )
+
+    # --- Updates ------------------------------------------------------------------------------------------------
+
+    def after_backward(self) -> None:
+        """Stage *after backward*: the gradient of one more micro-batch of this rank has been added."""
+        for component in self.slots:
+            component.after_backward()
+
+    def before_update(self, grad_norm: torch.Tensor) -> None:
+        """
+        Stage *before update*: the gradient is complete and clipped; learning rates and gradients may be changed.
+
+        The scheduler sets learning rates anew after the step. Parameters whose `grad` is `None` are left alone by the
+        optimizer, its state included.
+
+        Args:
+            grad_norm (`torch.Tensor` or `float`):
+                Norm before clipping.
+        """
+        for component in self.slots:
+            component.before_update(grad_norm)
+
+    def training_step(self, *args, **kwargs):
+        loss = super().training_step(*args, **kwargs)
+        self.after_backward()
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called once per update, between clipping and the optimizer's step
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        self.before_update(grad_norm)
+        return grad_norm
 
     # --- Metrics ------------------------------------------------------------------------------------------------
 
@@ -271,7 +385,8 @@ class MethodTrainer:
         # Before TRL's part, whose last file marks a checkpoint as complete and which may push the folder to the Hub
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
-            save_state(folder / "papertrl", {"methods": [m.name for m in self.methods], "state": self.method_state()})
+            state = {"methods": [m.name for m in self.methods], "state": self.method_state()}
+            save_state(folder / "papertrl", state | {"components": self.slots.state_dict()})
         self.accelerator.wait_for_everyone()
         save_state(folder / f"papertrl_rank{self.accelerator.process_index}", self.rank_state())
         super()._save_checkpoint(model, trial)
@@ -279,7 +394,9 @@ class MethodTrainer:
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
-            self.load_method_state(load_state(Path(checkpoint) / "papertrl")["state"])
+            saved = load_state(Path(checkpoint) / "papertrl")
+            self.load_method_state(saved["state"])
+            self.slots.load_state_dict(saved.get("components", {}))
             rank_file = Path(checkpoint) / f"papertrl_rank{self.accelerator.process_index}"
             if rank_file.with_suffix(".json").exists():
                 self.load_rank_state(load_state(rank_file))
@@ -301,87 +418,15 @@ class MethodTrainer:
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
-def last_complete_checkpoint(output_dir: str) -> Path:
-    """
-    The newest checkpoint below `output_dir` that was written to its end.
-
-    Raises:
-        `ValueError`: if there is none.
-    """
-    folders = [p for p in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if (p / "trainer_state.json").exists()]
-    if not folders:
-        raise ValueError(f"`resume_from_checkpoint`: no complete checkpoint below '{output_dir}'.")
-    return max(folders, key=lambda p: int(p.name.rsplit("-", 1)[1]))
+def _paper_of(methods: tuple[Method, ...]) -> dict[str, str] | None:
+    papers = [method.paper for method in methods if method.paper is not None]
+    if not papers:
+        return None
+    citations = dict.fromkeys(paper.citation for paper in papers)
+    return {"title": papers[0].title, "id": papers[0].id, "citation": "\n\n".join(citations)}
 
 
-def check_checkpoint(folder: str | Path, methods: list[str]) -> None:
-    """
-    Check that a checkpoint can be resumed by `methods`, without loading its tensors.
-
-    Raises:
-        `ValueError`: naming the folder and what is missing, damaged or different.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise ValueError(f"`resume_from_checkpoint`: '{folder}' is not a folder.")
-    try:
-        json.loads((folder / "trainer_state.json").read_text())
-        written_by = json.loads((folder / "papertrl.json").read_text())["methods"]
-        for file in folder.rglob("*.safetensors"):
-            with safe_open(file, "pt") as tensors:
-                tensors.keys()
-        for name in ("optimizer.pt", "scheduler.pt"):
-            if (folder / name).exists():
-                torch.load(folder / name, weights_only=True, map_location="meta")
-    except Exception as error:
-        raise ValueError(
-            f"`resume_from_checkpoint`: '{folder}' is damaged or no papertrl checkpoint ({error}). Resume from "
-            f"another '{PREFIX_CHECKPOINT_DIR}-*' folder, or start anew without `resume_from_checkpoint`."
-        ) from error
-    if sorted(written_by) != sorted(methods):
-        raise ValueError(
-            f"`resume_from_checkpoint`: '{folder}' was written by methods {written_by}, but this trainer runs "
-            f"{methods}. Resume with the same methods."
-        )
-
-
-def compose(*trainers: type, name: str | None = None) -> type:
-    """
-    Trainer class that combines several methods of one family.
-
-    The order in which stages run is fixed by the family base. Within a stage the methods act in the order given here;
-    where two configs set different defaults for one TRL field, the first wins.
-
-    Args:
-        trainers (trainer classes):
-            At least one, all of one family.
-        name (`str`, *optional*):
-            Name of the class. Defaults to the methods' names run together.
-
-    Raises:
-        `TypeError`: if there are none, they are of different families, one is listed twice, or has no method.
-
-    Example:
-
-    ```python
-    >>> from papertrl import DlerGRPOTrainer, LpRegGRPOTrainer, compose
-    >>> compose(LpRegGRPOTrainer, DlerGRPOTrainer).__name__
-    'LpRegDlerGRPOTrainer'
-    ```
-    """
-    if not trainers:
-        raise TypeError("`compose` needs at least one trainer.")
-    bases = [t.__name__ for t in trainers if not t.methods]
-    if bases and len(trainers) > 1:
-        raise TypeError(f"`compose`: {bases} have no method; leave them out, every other trainer builds on its base.")
-    if len(set(trainers)) != len(trainers):
-        raise TypeError(f"`compose`: a method is listed twice in {[t.__name__ for t in trainers]}.")
-    families = {t.__name__: t.family for t in trainers}
-    if len(set(families.values())) > 1:
-        raise TypeError(f"`compose`: methods of different families do not combine, got {families}.")
-    if len(trainers) == 1:
-        return trainers[0]
-    if name is None:
-        suffix = trainers[0].trl_suffix
-        name = "".join(t.__name__.removesuffix(suffix) for t in trainers) + suffix
-    return type(name, trainers, {"__module__": __name__, "__doc__": f"Combination of {', '.join(families)}."})
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,51 +1,61 @@
-"""The catalogue: every method of the library, by short name. Adding a method adds one line to `METHODS`."""
+"""The catalogue: every method there is, by short name, found by its declaration."""
 
 import difflib
 import importlib
+import importlib.util
+from functools import lru_cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
 
-METHODS: dict[str, str] = {
-    "lp_reg": "policy",
-    "d3s": "policy",
-    "lite_ppo": "policy",
-    "dler": "policy",
-    "gain_rl": "policy",
-    "guide_grpo": "policy",
-    "scaf_grpo": "policy",
-    "constrained_rlhf": "policy",
-    "dynamic_reward_weighting": "policy",
-    "oblr_po": "policy",
-    "disco": "policy",
-    "two_stage_math": "policy",
-    "deepsearch": "policy",
-    "hpt_upge": "policy",
-    "hapo": "policy",
-    "ln_dpo": "preference",
-    "rpo": "preference",
-    "hypo": "preference",
-    "drift": "preference",
-    "rlhf_workflow": "preference",
-    "xpo": "preference",
-    "rso": "preference",
-    "irpo": "preference",
-    "srpo": "preference",
-    "upo": "preference",
-    "sem_dpo": "preference",
-    "ofs_dpo": "preference",
-    "asft": "supervised",
-    "implicit_reward_sft": "supervised",
-}
+import yaml
 
-# Methods that go together, with a recipe and a claim of their own
-COMBINATIONS: dict[str, tuple[str, ...]] = {
-    "hpt_scaf": ("hpt_upge", "scaf_grpo"),
-    "guide_lp_reg_dler": ("guide_grpo", "lp_reg", "dler"),
-    "gain_rl_d3s_hapo": ("gain_rl", "d3s", "hapo"),
-}
+from .declaration import METHODS_FOLDER, Method, declared, read_declaration
+from .family import FAMILIES, Family
+from .slots import SLOTS
 
-SUFFIXES = {"policy": "GRPO", "preference": "DPO", "supervised": "SFT"}
+ENTRY_POINTS = "papertrl.methods"
 # The trainers without a method, which train as TRL's do, by the name under which a job asks for them
-PLAIN = {suffix.lower(): family for family, suffix in SUFFIXES.items()}
-BASES = {"policy": "PolicyTrainer", "preference": "PreferenceTrainer", "supervised": "SupervisedTrainer"}
+PLAIN: dict[str, Family] = {family.plain: family for family in FAMILIES.values()}
+
+
+def _read_catalogue() -> dict[str, Method]:
+    found = [declared(path.stem) for path in METHODS_FOLDER.glob("*.toml")]
+    rooms = [*FAMILIES, *SLOTS, None]
+    found.sort(key=lambda m: (rooms.index(m.family if m.kind == "objective" else m.slot), m.name))
+    methods = {method.name: method for method in found}
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
+        method = _read_entry_point(point)
+        if method.name in methods:
+            raise ValueError(
+                f"The package '{point.dist.name}' adds a method '{method.name}', but there is one of that name."
+            )
+        methods[method.name] = method
+    return methods
+
+
+def _read_entry_point(point: Any) -> Method:
+    """Declaration of another package's method: a TOML file of its name beside the module of its class."""
+    try:
+        spec = importlib.util.find_spec(point.module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None:
+        raise ValueError(f"The entry point '{point.name}' of '{ENTRY_POINTS}' names no module: '{point.value}'.")
+    return read_declaration(Path(spec.origin).parent / f"{point.name}.toml", entry=point.value)
+
+
+DECLARATIONS: dict[str, Method] = _read_catalogue()
+# Short names with the family of an objective, or the slot of a component
+METHODS: dict[str, str] = {name: method.family or method.slot or method.kind for name, method in DECLARATIONS.items()}
+
+
+@lru_cache
+def combinations() -> dict[str, tuple[str, ...]]:
+    """Methods that go together, with a recipe of their own that lists several `methods`."""
+    folder = Path(importlib.util.find_spec("papertrl.recipes").origin).parent
+    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yaml"))}
+    return {name: tuple(recipe["methods"]) for name, recipe in recipes.items() if len(recipe.get("methods", ())) > 1}
 
 
 def class_stem(name: str) -> str:
@@ -57,13 +67,17 @@ def class_stem(name: str) -> str:
     ('LpRegGRPO', 'LnDPO')
     ```
     """
-    suffix = SUFFIXES[METHODS[name]]
-    return "".join(part.capitalize() for part in name.removesuffix("_" + suffix.lower()).split("_")) + suffix
+    method = DECLARATIONS[name]
+    if method.family is None:
+        return method.stem
+    suffix = FAMILIES[method.family].suffix
+    short = name.removesuffix("_" + suffix.lower())
+    return "".join(part.capitalize() for part in short.split("_")) + suffix
 
 
 def find(name: str) -> str:
     """
-    Check a method's short name, or `grpo`, `dpo` or `sft` for none; hyphens and capitals do not matter.
+    Check a method's short name, or that of a trainer without a method; hyphens and capitals do not matter.
 
     Raises:
         `ValueError`: if there is no such method; the message suggests the nearest names.
@@ -78,36 +92,105 @@ def find(name: str) -> str:
     return key
 
 
-def load_trainer(name: str) -> type:
-    """Trainer class of the method with this short name, or the base of a family."""
+def entry_of(method: Method) -> tuple[str, str]:
+    """Module and name of a method's class."""
+    if method.entry is not None:
+        module, _, attribute = method.entry.partition(":")
+        return module, attribute
+    if method.kind == "objective":
+        return f"papertrl.trainers.{method.family}.{method.name}", class_stem(method.name) + "Trainer"
+    room = SLOTS[method.slot].room if method.kind == "component" else "papertrl.labs"
+    return f"{room}.{method.name}", method.stem
+
+
+@lru_cache
+def load(name: str) -> type:
+    """Class of the method with this short name, a trainer or a component, or the base of a family."""
     key = find(name)
     if key in PLAIN:
         family = PLAIN[key]
-        return getattr(importlib.import_module(f"papertrl.trainers.{family}.base"), BASES[family])
-    return getattr(importlib.import_module(f"papertrl.trainers.{METHODS[key]}.{key}"), class_stem(key) + "Trainer")
+        return getattr(importlib.import_module(family.module), family.base)
+    module, attribute = entry_of(DECLARATIONS[key])
+    return getattr(importlib.import_module(module), attribute)
 
 
-def exports() -> dict[str, str]:
-    """Public names of the package and the module that defines each."""
-    names = {"compose": "papertrl.trainers.method", "METHODS": "papertrl.core.catalogue"}
-    names["revise"] = "papertrl.evaluation.revision"
-    for family, base in BASES.items():
-        module = f"papertrl.trainers.{family}.base"
-        names |= {base: module, base.replace("Trainer", "Config"): module}
-    for method, family in METHODS.items():
-        module = f"papertrl.trainers.{family}.{method}"
-        names |= {class_stem(method) + kind: module for kind in ("Trainer", "Config")}
+@lru_cache
+def load_trainer(name: str) -> type:
+    """
+    Trainer class of the method with this short name, or the base of a family.
+
+    A component rides on the base of the family that its declaration names.
+
+    Raises:
+        `ValueError`: if there is no such method, or it is a study, or a component without a family.
+    """
+    key = find(name)
+    method = DECLARATIONS.get(key)
+    if method is None or method.kind == "objective":
+        return load(key)
+    if method.kind == "study":
+        raise ValueError(f"'{key}' is a study, which trains no language model. `papertrl claims {key}` runs it.")
+    if method.family is None:
+        raise ValueError(
+            f"'{key}' is a component, which any trainer carries: name one beside it, such as `--methods "
+            f"{next(iter(PLAIN))} {key}`; without a method: {', '.join(PLAIN)}."
+        )
+    base, component = load(FAMILIES[method.family].plain), load(key)
+    namespace = {"components": (component,), "__module__": component.__module__, "__doc__": component.__doc__}
+    return type(class_stem(key) + "Trainer", (base,), namespace)
+
+
+# Public names beside those of methods and bases
+_NAMES = {
+    "compose": "papertrl.core.compose",
+    "METHODS": "papertrl.core.catalogue",
+    "Component": "papertrl.core.slots",
+    "revise": "papertrl.evaluation.revision",
+}
+
+
+def exports() -> list[str]:
+    """Public names of the package."""
+    names = list(_NAMES)
+    for family in FAMILIES.values():
+        names += [family.base, family.base.removesuffix("Trainer") + "Config"]
+    for method in DECLARATIONS.values():
+        if method.kind == "component":
+            names += [method.stem, method.stem + "Config"]
+        if method.family is not None:
+            names += [class_stem(method.name) + kind for kind in ("Trainer", "Config")]
     return names
 
 
+def resolve(name: str) -> Any:
+    """
+    What stands behind a public name of the package.
+
+    Raises:
+        `AttributeError`: if there is no such name.
+    """
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    for family in FAMILIES.values():
+        if name in (family.base, family.base.removesuffix("Trainer") + "Config"):
+            return getattr(importlib.import_module(family.module), name)
+    for method in DECLARATIONS.values():
+        if method.kind == "component" and name in (method.stem, method.stem + "Config"):
+            component = load(method.name)
+            return component if name == method.stem else component.config_class
+        if method.family is not None and name.startswith(stem := class_stem(method.name)):
+            kinds = {stem + "Trainer": load_trainer, stem + "Config": lambda m: load_trainer(m).config_class}
+            if name in kinds:
+                return kinds[name](method.name)
+    raise AttributeError(f"module 'papertrl' has no attribute '{name}'")
+
+
 def method_table() -> str:
-    """Markdown table of the catalogue, as README and the method index show it."""
-    rows = ["| method | trainer | what it does | paper |", "|---|---|---|---|"]
-    for name in METHODS:
-        trainer = load_trainer(name)
-        paper = trainer._paper
-        rows.append(
-            f"| `{name}` | `{trainer.__name__}` | {trainer.method.summary} "
-            f"| [{paper['title']}](https://arxiv.org/abs/{paper['id']}) |"
-        )
+    """Markdown table of the catalogue, as the method index shows it."""
+    rows = ["| method | kind | what it does | paper |", "|---|---|---|---|"]
+    for name, method in DECLARATIONS.items():
+        kind = method.kind if method.kind == "study" else METHODS[name]
+        where = f"{method.kind}, {kind}" if method.kind != "study" else kind
+        paper = f"[{method.paper.title}]({method.paper.url})" if method.paper else ""
+        rows.append(f"| `{name}` | {where} | {method.summary} | {paper} |")
     return "\n".join(rows)

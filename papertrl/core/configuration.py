@@ -2,8 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 import math
+import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -50,19 +52,23 @@ class _Metadata(dict):
         return {"help": self["help"].replace("%", "%%")}
 
 
-def method_field(default: Any, help: str, **valid: Any) -> Any:
+def method_field(default: Any, help: str, was: str | None = None, **valid: Any) -> Any:
     """
-    Dataclass field of a method config.
+    Dataclass field of a method's config.
 
     Args:
         default (`Any`):
             Default value; a list becomes a default factory.
         help (`str`):
             The field's only description: shown by `--help` and in the config's docstring.
+        was (`str`, *optional*):
+            Earlier name of the field, which is still taken, with a warning.
         **valid:
             Bounds or choices, see [`Valid`]. A default of `None` makes `None` acceptable.
     """
     metadata = _Metadata(help=help)
+    if was is not None:
+        metadata["was"] = was
     if valid:
         valid.setdefault("optional", default is None)
         metadata["valid"] = Valid(**valid)
@@ -82,6 +88,52 @@ def method_config(cls: type) -> type:
         lines.append(f"            {f.metadata['help']}" + (f" Valid: {valid}." if valid else ""))
     if lines:
         cls.__doc__ = f"{(cls.__doc__ or '').rstrip()}\n\n    Parameters:\n" + "\n".join(lines) + "\n    "
+    return _taking_earlier_names(cls)
+
+
+def earlier_names(cls: type) -> dict[str, str]:
+    """Earlier names of the fields of a config class, with the present ones."""
+    return {f.metadata["was"]: f.name for f in fields(cls) if "was" in f.metadata}
+
+
+def renamed(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """
+    `values` under the present names of fields, with a warning for each earlier one.
+
+    Args:
+        values (`dict`):
+            By field name.
+        names (`dict[str, str]`):
+            From [`earlier_names`].
+
+    Raises:
+        `ValueError`: if a field is given under both names.
+    """
+    result = {}
+    for name, value in values.items():
+        present = names.get(name, name)
+        if present in result or (present != name and present in values):
+            raise ValueError(f"`{present}` is given twice: `{name}` is its earlier name. Drop the latter.")
+        if present != name:
+            warnings.warn(
+                f"`{name}` is now called `{present}`; the old name goes with the next release.", stacklevel=3
+            )
+        result[present] = value
+    return result
+
+
+def _taking_earlier_names(cls: type) -> type:
+    names = earlier_names(cls)
+    if not names or cls.__init__.__dict__.get("taken") == names:
+        return cls
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def __init__(self, *args, **kwargs):
+        init(self, *args, **renamed(kwargs, names))
+
+    __init__.taken = names
+    cls.__init__ = __init__
     return cls
 
 
@@ -103,17 +155,26 @@ def _type_name(annotation: Any) -> str:
     )
 
 
-class MethodConfigMixin:
+class ConfigMixin:
     """
-    Validation and adoption shared by every config of the library.
+    Validation shared by every config of the library, of trainers and of components.
 
     A subclass states the accepted values of its fields with [`method_field`]; relations between fields go into an
     override of `validate` that calls `super().validate()`.
     """
 
     def __post_init__(self):
-        super().__post_init__()
+        for base in type(self).__mro__[type(self).__mro__.index(ConfigMixin) + 1 :]:
+            if "__post_init__" in base.__dict__:
+                base.__post_init__(self)
+                break
         self.validate()
+
+    def __getattr__(self, name: str) -> Any:
+        # Only reached where there is no attribute of this name
+        if not name.startswith("_") and (present := earlier_names(type(self)).get(name)) is not None:
+            return getattr(self, present)
+        raise AttributeError(f"'{type(self).__name__}' has no field '{name}'.")
 
     def validate(self) -> None:
         """
@@ -126,6 +187,14 @@ class MethodConfigMixin:
             valid = f.metadata.get("valid")
             if valid is not None and not valid.accepts(getattr(self, f.name)):
                 raise ValueError(f"`{f.name}` must be {valid}, got {getattr(self, f.name)!r}.")
+
+
+class ComponentConfig(ConfigMixin):
+    """Base of the configs of components: plain dataclasses, which merge into the config of any trainer."""
+
+
+class MethodConfigMixin(ConfigMixin):
+    """Adoption, shared by every config of a trainer."""
 
     @classmethod
     def adopt(cls, args: Any) -> "MethodConfigMixin":
@@ -157,24 +226,28 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
     """
     Config class that has the fields of all `configs`.
 
-    Where two of them give one TRL field different defaults, the one listed first wins, whatever the order in which
-    dataclass inheritance would have resolved it.
+    Where two of them give one field of their common base different defaults, the one listed first wins, whatever the
+    order in which dataclass inheritance would have resolved it.
 
     Args:
         name (`str`):
             Name of the new class.
         configs (`tuple` of config classes):
-            Configs of one family, the first taking precedence.
+            Configs of trainers of one family, and of components; the first taking precedence.
+
+    Raises:
+        `TypeError`: if two of them introduce a field of the same name.
     """
     leaves = tuple(c for c in configs if not any(c is not other and issubclass(other, c) for other in configs))
     leaves = tuple(dict.fromkeys(leaves))
     if len(leaves) == 1:
         return leaves[0]
+    refuse_shared_names(leaves)
     chosen: dict[str, dataclasses.Field] = {}
     for config in leaves:
         for base in config.__mro__:
             # What all have from a common base is theirs anyway, unless one of them overrides it
-            if MethodConfigMixin in base.__mro__[1:] and not all(issubclass(leaf, base) for leaf in leaves):
+            if ConfigMixin in base.__mro__[1:] and not all(issubclass(leaf, base) for leaf in leaves):
                 for f in own_fields(base):
                     chosen.setdefault(f.name, config.__dataclass_fields__[f.name])
 
@@ -191,7 +264,36 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
         (f.name, f.type, field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
         for f in chosen.values()
     ]
-    return dataclasses.make_dataclass(name, specs, bases=leaves, namespace=namespace)
+    # Components first, so that their checks and those of the trainers' configs end in the same one
+    bases = tuple(sorted(leaves, key=lambda leaf: not issubclass(leaf, ComponentConfig)))
+    return _taking_earlier_names(dataclasses.make_dataclass(name, specs, bases=bases, namespace=namespace))
+
+
+def introduced(config: type) -> dict[str, type]:
+    """Fields that config classes of this library add to what TRL has, each with the class that introduces it."""
+    found: dict[str, type] = {}
+    for base in reversed(config.__mro__):
+        if dataclasses.is_dataclass(base) and "__annotations__" in base.__dict__:
+            for f in own_fields(base):
+                found.setdefault(f.name, base)
+    return {name: base for name, base in found.items() if issubclass(base, ConfigMixin)}
+
+
+def refuse_shared_names(configs: tuple[type, ...]) -> None:
+    """
+    Check that no two config classes introduce a field of the same name.
+
+    Raises:
+        `TypeError`: naming the field and both classes.
+    """
+    owners: dict[str, type] = {}
+    for config in configs:
+        for name, owner in introduced(config).items():
+            if owners.setdefault(name, owner) is not owner:
+                raise TypeError(
+                    f"`{name}` is a field of both `{owners[name].__name__}` and `{owner.__name__}`; each method's "
+                    "fields must begin with its own prefix."
+                )
 
 
 def _new_composed(name: str, leaves: tuple[type, ...]) -> Any:

@@ -8,8 +8,9 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..core.catalogue import COMBINATIONS, METHODS, find
+from ..core.catalogue import DECLARATIONS, METHODS, combinations, find
 from ..core.errors import UsageError
+from ..core.family import FAMILIES, Family
 from ..tasks import Task, load_task
 from .verdict import Summary, final
 
@@ -210,9 +211,10 @@ class Claim:
                     )
 
     @property
-    def family(self) -> str:
+    def family(self) -> Family:
         """Family of the methods."""
-        return METHODS[COMBINATIONS.get(self.method, (self.method,))[0]]
+        names = combinations().get(self.method, (self.method,))
+        return FAMILIES[next(f for f in (DECLARATIONS[name].family for name in names) if f)]
 
     def make_task(self, **overrides: Any) -> Task:
         """The task, with the claim's settings."""
@@ -230,7 +232,7 @@ class Claim:
         if self.data is not None:
             return self.data(task, self.train_problems, seed)
         problems = task.generate(self.train_problems, seed)
-        return {"policy": lambda d: d, "preference": task.online, "supervised": task.supervised}[self.family](problems)
+        return self.family.rows(task, problems, online=True)
 
 
 def load_claim(method: str) -> Claim:
@@ -242,7 +244,7 @@ def load_claim(method: str) -> Claim:
     """
     name = method.replace("-", "_")
     try:
-        name = name if name in COMBINATIONS else find(method)
+        name = name if name in combinations() else find(method)
     except ValueError as error:
         raise UsageError(str(error)) from error
     if name not in claimed():
@@ -253,5 +255,5 @@ def load_claim(method: str) -> Claim:
 def claimed() -> list[str]:
     """Methods and combinations of the catalogue that have a claim, in its order."""
     return [
-        name for name in (*METHODS, *COMBINATIONS) if importlib.util.find_spec(f"papertrl.claims.{name}") is not None
+        name for name in (*METHODS, *combinations()) if importlib.util.find_spec(f"papertrl.claims.{name}") is not None
     ]

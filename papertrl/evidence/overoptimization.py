@@ -51,7 +51,7 @@ ONLINE = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "ln_dpo": {"beta": 1.0},
     "rpo": {"rpo_aggregation": "sequence_mean"},
-    "hypo": {"online_kl_coef": 0.05, "online_kl_num_samples": 2, "online_kl_max_new_tokens": 11},
+    "hypo": {"hypo_kl_coef": 0.05, "hypo_kl_num_samples": 2, "hypo_kl_max_new_tokens": 11},
     "drift": {"online_num_samples": 1, "drift_text_template": "{prompt}{rejected} {feedback}:"},
     "xpo": {"online_num_samples": 1, "xpo_alpha": [0.005, 0.002, 0.0]},
     "rso": {"online_iterations": 1, "online_num_samples": 16, "rso_num_samples": 4, "rso_dedup": False, "beta": 0.5},
@@ -132,7 +132,7 @@ def experiment(methods: tuple[str, ...]) -> OverOptimization:
 def _settings(method: str) -> dict[str, Any]:
     trainer = load_trainer(method)
     rounds = trainer.stages[: trainer.stages.index("prepare")]
-    online = ONLINE if {*trainer.method.extends, *trainer.method.replaces} & set(rounds) else {}
+    online = ONLINE if {*trainer.extends, *trainer.replaces} & set(rounds) else {}
     return {**online, **SETTINGS.get(method, {})}
 
 

@@ -14,10 +14,10 @@ from datasets import disable_progress_bars
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from ..core.catalogue import BASES, load_trainer
+from ..core.catalogue import load_trainer
+from ..core.compose import compose
 from ..models.start import REAL_MODEL_RATE, cached_start_model
 from ..tasks import Task
-from ..trainers.method import compose
 from .claim import Arm, Claim
 from .probe import Probe
 
@@ -42,7 +42,7 @@ def quick(claim: Claim, settings: dict[str, Any]) -> dict[str, Any]:
     steps = {"max_steps": 3, "per_device_train_batch_size": 4 * generations, "gradient_accumulation_steps": 1}
     if settings.get("online_iterations"):
         steps |= {"online_iterations": 2, "online_num_prompts": 16}
-    return settings | steps | ({"steps_per_generation": 1} if claim.family == "policy" else {})
+    return settings | steps | ({"steps_per_generation": 1} if claim.family.judged is True else {})
 
 
 def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None = None, short: bool = False) -> dict:
@@ -90,7 +90,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
     set_seed(seed)
     with tempfile.TemporaryDirectory() as output:
         args = trainer_class.config_class(output_dir=output, seed=seed, **settings)
-        judged = claim.family == "policy" or getattr(args, "online_iterations", 0) > 0
+        judged = claim.family.judged is True or getattr(args, "online_iterations", 0) > 0
         trainer = trainer_class(
             model=str(start_path),
             args=args,
@@ -110,7 +110,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
 
 def judges(claim: Claim, task: Task, short: bool) -> list[Callable]:
     """Reward functions of a run."""
-    if short and claim.family == "preference":
+    if short and claim.family.name == "preference":
         # A verifier would give all completions of a hardly trained model the same, and there would be no pair
         return [by_letters]
     return list(claim.rewards) or [task.reward]
@@ -126,9 +126,7 @@ def trainer_of(claim: Claim, arm: Arm) -> type:
     if arm.methods:
         trainer_class = compose(*map(load_trainer, arm.methods))
     else:
-        import papertrl
-
-        trainer_class = getattr(papertrl, BASES[claim.family])
+        trainer_class = load_trainer(claim.family.plain)
     return arm.control(trainer_class) if arm.control else trainer_class
 
 
@@ -178,7 +176,9 @@ class Observer(TrainerCallback):
         self.trained = 0
         # Loaded anew: trainers patch the forward of their model, which a copy would share
         self.start_model = AutoModelForCausalLM.from_pretrained(start_path).eval().to(trainer.model.device)
-        {"policy": self._count_rollouts, "preference": self._count_samples, "supervised": lambda: None}[claim.family]()
+        {"policy": self._count_rollouts, "preference": self._count_samples, "supervised": lambda: None}[
+            claim.family.name
+        ]()
 
     def _count_rollouts(self) -> None:
         sample, prepare = self.trainer._generate_single_turn, self.trainer.prepare_objective
@@ -222,7 +222,7 @@ class Observer(TrainerCallback):
 
     def _measure(self, step: int) -> None:
         model = self.trainer.model
-        if self.claim.family != "policy":
+        if self.claim.family.name != "policy":
             self.trained = int(self.trainer._total_train_tokens)
         was_training = model.training
         model.eval()

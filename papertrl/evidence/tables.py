@@ -3,20 +3,20 @@
 import json
 from pathlib import Path
 
-from ..core.catalogue import COMBINATIONS, METHODS
+from ..core.catalogue import METHODS, combinations
 from .claim import claimed, load_claim
 
 
 def read_results(folder: Path) -> dict[str, dict]:
     """Result files of a folder, by method, in the catalogue's order."""
-    paths = {name: folder / f"{name}.json" for name in (*METHODS, *COMBINATIONS)}
+    paths = {name: folder / f"{name}.json" for name in (*METHODS, *combinations())}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def summary_table(results: dict[str, dict]) -> str:
     """One row per method and combination: what was compared, the difference with its interval, the verdict."""
     rows = ["| method | compared | difference [95 % interval] | smallest effect | verdict |", "|---|---|---|---|---|"]
-    for name in (*METHODS, *COMBINATIONS):
+    for name in (*METHODS, *combinations()):
         if name not in results:
             state = "not measured yet" if name in claimed() else "no claim yet"
             rows.append(f"| `{name}` | | | | {state} |")

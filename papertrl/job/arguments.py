@@ -10,33 +10,14 @@ from typing import Any
 
 import yaml
 
-from ..core.catalogue import METHODS, find
+from ..core.catalogue import find
 from ..core.errors import UsageError
 from ..core.parsing import CommandParser
 
 DEFAULT_METHOD = "lp_reg"
 
-# Settings of the embedded task and tiny model, under which its families of methods learn in a minute or two. Config
-# files and flags override them.
-EMBEDDED = {
-    "policy": {
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 20,
-        "per_device_train_batch_size": 256,
-        "num_generations": 8,
-        "max_completion_length": 5,
-        "max_steps": 400,
-    },
-    "preference": {
-        "learning_rate": 3e-4,
-        "per_device_train_batch_size": 64,
-        "max_steps": 200,
-        "online_max_new_tokens": 14,
-        "online_batch_size": 512,
-    },
-    "supervised": {"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 400},
-}
+# Settings of a run of the embedded task and tiny model, beside those of its family. Config files and flags override
+# them.
 EMBEDDED_RUN = {
     "held_out_evaluations": 10,
     "logging_steps": 5,
@@ -115,7 +96,7 @@ class Job:
     arguments: JobArguments
     methods: list[str]
     output_dir_given: bool
-    # Whether it starts from the embedded tiny model, which decides defaults; see EMBEDDED
+    # Whether it starts from the embedded tiny model, which decides defaults
     embedded: bool
 
 
@@ -228,12 +209,11 @@ def make_trainer_class(methods: list[str]) -> type:
     Raises:
         [`UsageError`]: if the methods do not combine.
     """
-    from ..core.catalogue import load_trainer
-    from ..trainers.method import compose
+    from ..core.compose import compose
 
     try:
-        return compose(*map(load_trainer, methods))
-    except TypeError as error:
+        return compose(*methods)
+    except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -279,7 +259,7 @@ def parse(choice: Choice) -> Job:
         parser.set_defaults_with_config(bf16=False)
     embedded = not (choice.config.get("model_name_or_path") or _has_flag(choice.rest, "model_name_or_path"))
     if embedded:
-        parser.set_defaults_with_config(**EMBEDDED_RUN, **EMBEDDED[trainer_class.family])
+        parser.set_defaults_with_config(**EMBEDDED_RUN, **trainer_class.family.embedded)
     unknown = [f"`{key}`" for key in choice.config if key not in {action.dest for action in flags}]
     if unknown:
         raise UsageError(_unknown_flags(unknown, [action.dest for action in flags], "config file"))
@@ -320,8 +300,3 @@ def _with_remedy(message: str) -> str:
             "`--per_device_train_batch_size` × processes × `--gradient_accumulation_steps`, or change one of these."
         )
     return message
-
-
-def listed_methods() -> list[str]:
-    """Names of all methods of the catalogue, by family."""
-    return sorted(METHODS, key=lambda name: (list(dict.fromkeys(METHODS.values())).index(METHODS[name]), name))

@@ -8,16 +8,13 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
 
 from ..core.errors import JobError
+from ..core.family import Family
 from ..data.converters import as_messages, to_format
 from ..tasks import Task, load_task
 from .arguments import JobArguments
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
-COLUMNS = {
-    "policy": [("prompt",)],
-    "supervised": [("text",), ("messages",), ("prompt", "completion"), ("input_ids",)],
-}
 
 
 @dataclass
@@ -58,7 +55,7 @@ def task_of(arguments: JobArguments) -> Task | None:
 
 
 def task_data(
-    task: Task, family: str, arguments: JobArguments, seed: int, chat: bool, online: bool = False
+    task: Task, family: Family, arguments: JobArguments, seed: int, chat: bool, online: bool = False
 ) -> JobData:
     """
     Draw a task's problems, in the view of `family`.
@@ -72,11 +69,10 @@ def task_data(
     if arguments.task_size < 1:
         raise JobError(f"`task_size` must be at least 1, got {arguments.task_size}: the training set would be empty.")
     train, test = task.splits(arguments.task_size, arguments.held_out_prompts, seed)
-    view = {"policy": lambda d: d, "preference": task.preference, "supervised": task.supervised}[family]
     problems = test if len(test) else None
     data = JobData(
-        (task.online if online else view)(train),
-        view(test) if problems else None,
+        family.rows(task, train, online),
+        family.rows(task, test) if problems else None,
         problems,
         [task.reward],
         task.measure,
@@ -88,7 +84,7 @@ def task_data(
 
 
 def dataset_data(
-    family: str,
+    family: Family,
     arguments: JobArguments,
     judges: list[Callable],
     formats: tuple[str, ...] = (),
@@ -121,7 +117,7 @@ def dataset_data(
     problems = None
     if judges and isinstance(test, Dataset) and arguments.held_out_prompts:
         problems = test.select(range(min(len(test), arguments.held_out_prompts)))
-    if family != "preference":
+    if family.columns:
         check_columns(name, train, family)
     else:
         train = preference_rows(name, arguments.dataset_train_split, train, formats)
@@ -151,7 +147,7 @@ def preference_rows(
     return dataset
 
 
-def check_columns(name: str, dataset: Dataset | IterableDataset, family: str) -> None:
+def check_columns(name: str, dataset: Dataset | IterableDataset, family: Family) -> None:
     """
     Check that a dataset has the columns that trainers of `family` read.
 
@@ -161,7 +157,7 @@ def check_columns(name: str, dataset: Dataset | IterableDataset, family: str) ->
     present = dataset.column_names
     if present is None:
         present = list(next(iter(dataset)))
-    wanted = COLUMNS[family]
+    wanted = family.columns
     if any(set(columns) <= set(present) for columns in wanted):
         return
     texts = [" and ".join(f"`{column}`" for column in columns) for columns in wanted]

@@ -12,7 +12,7 @@ from ..core.configuration import field_default
 from ..hub.files import COMPLETIONS_FILE, RECIPE_FILE
 from ..hub.runfile import NO_CONFIGURATION, plain, write_run
 from ..hub.scrubbing import scrub, scrub_command
-from .arguments import EMBEDDED, EMBEDDED_RUN
+from .arguments import EMBEDDED_RUN
 from .heldout import Answers
 
 KEPT_EXAMPLES = 8
@@ -68,7 +68,7 @@ def recipe(job: Any, run: dict[str, Any]) -> str:
     changed = {key: value for key, value in own.items() if value != defaults[key] and key != "overwrite_output_dir"}
     changed_model = {key: value for key, value in model.items() if value != model_defaults[key]}
     # Defaults of a job without model are not TRL's; a value that equals TRL's must be told as well
-    embedded = {**EMBEDDED_RUN, **EMBEDDED[job.trainer_class.family]} if job.embedded else {}
+    embedded = {**EMBEDDED_RUN, **job.trainer_class.family.embedded} if job.embedded else {}
     told = {key: plain(getattr(job.training, key)) for key in embedded if hasattr(job.training, key)}
     told = {key: value for key, value in told.items() if key not in NO_CONFIGURATION}
     content = {"methods": job.methods} | scrub(changed_model | changed) | told | run["config"]

@@ -10,10 +10,9 @@ from typing import Any
 from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 
-from ..core.catalogue import SUFFIXES
 from ..core.errors import Interrupted, JobError, UsageError
 from ..hub.runfile import read_json
-from ..trainers.method import last_complete_checkpoint
+from ..trainers.checkpoints import last_complete_checkpoint
 from .arguments import Choice, Job, parse
 from .heldout import Answers
 from .training import decided_by_main, free_folder, resumed_from, run
@@ -66,7 +65,7 @@ def run_stages(choice: Choice, command: list[str]) -> FinishedStages:
     state = PartialState()
     root, rows = decided_by_main(state, lambda: claim(jobs))
     resumes = resumed_from(jobs[0]) is not None
-    folders = [root / f"stage{i}_{SUFFIXES[job.trainer_class.family].lower()}" for i, job in enumerate(jobs, start=1)]
+    folders = [root / f"stage{i}_{job.trainer_class.family.plain}" for i, job in enumerate(jobs, start=1)]
     for i in range(max(0, len(rows) - 1), len(jobs)):
         job = prepare(jobs[i], folders[i], resumes, folders[i - 1] if i else None, last=i == len(jobs) - 1)
         try:

@@ -272,7 +272,7 @@ def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase, r
     """Training rows, held-out rows and judges of the job."""
     family = job.trainer_class.family
     if task is None:
-        formats = job.trainer_class.dataset_formats(job.training) if family == "preference" else ()
+        formats = job.trainer_class.dataset_formats(job.training)
         eval_formats = ("pairs",) if pairs_online(job) else formats
         evaluated = job.training.eval_strategy != "no"
         data = dataset_data(family, job.arguments, rewards, formats, eval_formats if evaluated else ())
@@ -293,9 +293,13 @@ def named_judges(job: Job) -> tuple[list[Callable], Callable | None]:
     """
     arguments = job.arguments
     check_judges(job)
-    length = completion_length(job)
+    length = job.trainer_class.family.completion_length(job.training)
     rewards = [checked(load_reward(name, length)) for name in arguments.reward_funcs or []]
-    if arguments.dataset_name and needs_rewards(job) and not (rewards or arguments.reward_model or arguments.judge):
+    if (
+        arguments.dataset_name
+        and job.trainer_class.needs_scores(job.training)
+        and not (rewards or arguments.reward_model or arguments.judge)
+    ):
         raise JobError(
             f"`dataset_name` needs `--reward_funcs` with {', '.join(job.methods)}: one or more of exact_match, "
             "last_number_match (both read the column `answer`), a TRL reward, or a dotted path."
@@ -319,9 +323,9 @@ def check_judges(job: Job) -> None:
     Raises:
         [`JobError`]: naming the flag.
     """
-    arguments, family = job.arguments, job.trainer_class.family
+    arguments, switch = job.arguments, job.trainer_class.family.judged
     samples_nothing = f"{', '.join(job.methods)} samples nothing to judge" + (
-        " unless `--online_iterations` is set" if family == "preference" else ""
+        f" unless `--{switch}` is set" if isinstance(switch, str) else ""
     )
     for flag in ("reward_funcs", "reward_model"):
         if getattr(arguments, flag) and not is_judged(job):
@@ -337,25 +341,13 @@ def check_judges(job: Job) -> None:
 
 def pairs_online(job: Job) -> bool:
     """Whether preference pairs are made in training, of completions of the dataset's prompts."""
-    return job.trainer_class.family == "preference" and job.training.online_iterations > 0
+    family = job.trainer_class.family
+    return isinstance(family.judged, str) and family.is_judged(job.training)
 
 
 def is_judged(job: Job) -> bool:
     """Whether completions are sampled in training, which reward functions may judge."""
-    return job.trainer_class.family == "policy" or pairs_online(job)
-
-
-def needs_rewards(job: Job) -> bool:
-    """Whether there must be reward functions."""
-    return is_judged(job) and (job.trainer_class.family == "policy" or job.trainer_class.needs_scores(job.training))
-
-
-def completion_length(job: Job) -> int:
-    """Longest completion that is sampled in training, in tokens; 0 if none is."""
-    if not is_judged(job):
-        return 0
-    policy = job.trainer_class.family == "policy"
-    return job.training.max_completion_length if policy else job.training.online_max_new_tokens
+    return job.trainer_class.family.is_judged(job.training)
 
 
 def make_trainer(
@@ -372,9 +364,8 @@ def make_trainer(
     callbacks = [MetricsFile(output / METRICS_FILE), stop]
     held_out = None
     if data.problems is not None:
-        length = (
-            job.training.max_completion_length if family == "policy" else data.max_new_tokens or completion_length(job)
-        )
+        sampled = family.completion_length(job.training)
+        length = sampled if family.judged is True else data.max_new_tokens or sampled
         held_out = HeldOut(data.problems, data.judges, data.measure, length, job.arguments.held_out_evaluations)
         callbacks.insert(0, held_out)
     job.training.model_init_kwargs = {

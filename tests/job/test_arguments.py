@@ -71,7 +71,10 @@ def test_recipes_parse():
     "argv, parts",
     [
         (["--method", "lpreg"], ["Unknown method 'lpreg'", "'lp_reg'"]),
-        (["--methods", "lite_ppo", "dler"], ["'lite_ppo' and 'dler'", "stage 'scale'", "advantage_whitening='none'"]),
+        (
+            ["--methods", "lite_ppo", "dler"],
+            ["'lite_ppo' and 'dler'", "stage 'scale'", "dler_advantage_whitening='none'"],
+        ),
         (["--methods", "lp_reg", "rpo"], ["different families", "LpRegGRPOTrainer", "RpoDPOTrainer"]),
         (["--methods", "dler", "dler"], ["listed twice", "DlerGRPOTrainer"]),
         (["--method", "dler", "--methods", "lp_reg"], ["both given"]),
@@ -118,7 +121,7 @@ def test_help_and_lists(capsys):
         )
     assert cli.main(["train", "--method", "dler", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.index("arXiv:2510.15110") < text.index("--truncation_length") < text.index("--learning_rate")
+    assert text.index("arXiv:2510.15110") < text.index("--dler_truncation_length") < text.index("--learning_rate")
     assert cli.main(["nothing"]) == 2
 
 

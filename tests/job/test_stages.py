@@ -85,7 +85,7 @@ def test_each_stage_starts_where_the_one_before_ended(staged_run):
     table = (staged_run / TABLE_FILE).read_text()
     assert f"| stage1_sft | sft | {rows[1]['score']:.3f} | {rows[1]['length']:.1f} |" in table
     config = json.loads((second / "run.json").read_text())["config"]
-    assert config["cosine_weight"] == 1.0 and config["max_steps"] == 3 and config["learning_rate"] == 3e-3
+    assert config["two_stage_cosine_weight"] == 1.0 and config["max_steps"] == 3 and config["learning_rate"] == 3e-3
     assert "SFT of TRL, without a method" in (first / "README.md").read_text()
 
 
@@ -192,4 +192,4 @@ def test_plain_trainers_are_no_part_of_a_combination(capsys):
 def test_help_of_stages(capsys):
     assert cli.main(["train", "--config", "two_stage_math", "--help"]) == 0
     text = capsys.readouterr().out
-    assert text.index("--packing") < text.index("arXiv:2507.08267") < text.index("--cosine_weight")
+    assert text.index("--packing") < text.index("arXiv:2507.08267") < text.index("--two_stage_cosine_weight")

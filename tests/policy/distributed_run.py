@@ -11,12 +11,12 @@ from accelerate import PartialState
 from safetensors.torch import save_file
 
 from papertrl.core.catalogue import load_trainer
-from papertrl.trainers.method import compose
+from papertrl.core.compose import compose
 
 from ..suite import active_config, dataset, digit_parity, history, reward_of, weights
 
 EVERY_ROW = {"skip_zero_rows": False}
-LOOSE = EVERY_ROW | {"truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
+LOOSE = EVERY_ROW | {"dler_truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
 RUNS = {
     "lite_ppo": (["lite_ppo"], EVERY_ROW),
     "combined": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE),
@@ -30,24 +30,24 @@ RUNS = {
         LOOSE | {"num_generations": 8, "guide_reroll_threshold": 0.4},
     ),
     "scaffolded": (["scaf_grpo", "lite_ppo"], EVERY_ROW),
-    "constrained": (["constrained_rlhf", "dler"], EVERY_ROW | {"truncation_length": 6, "num_generations": 8}),
+    "constrained": (["constrained_rlhf", "dler"], EVERY_ROW | {"dler_truncation_length": 6, "num_generations": 8}),
     "gradient_weighting": (["dynamic_reward_weighting", "lite_ppo"], EVERY_ROW | {"weighting_regularization": 0.1}),
     "accumulated": (["oblr_po"], {}),
     "disco": (["disco"], EVERY_ROW | {"num_iterations": 2, "disco_kl": "k3", "disco_delta": 0.0}),
     # A group of eight lies on two ranks
     "two_stage_math": (["two_stage_math"], EVERY_ROW | {"num_generations": 8}),
-    "searching": (["deepsearch"], EVERY_ROW | {"num_generations": 8, "replay_accuracy_max": 0.5}),
+    "searching": (["deepsearch"], EVERY_ROW | {"num_generations": 8, "tree_replay_accuracy_max": 0.5}),
     # One group on two ranks, one of which searches while the other only keeps up
     "idle_rank": (["deepsearch"], EVERY_ROW | {"num_generations": 16, "tree_selection": "uct"}),
     # Demonstrations may all lie on one rank
-    "demonstrated": (["hpt_upge", "guide_grpo"], EVERY_ROW | {"upge_instance": "gspo", "hpt_gate": 0.3}),
+    "demonstrated": (["hpt_upge", "guide_grpo"], EVERY_ROW | {"hpt_upge_instance": "gspo", "hpt_gate": 0.3}),
     "demonstrated_straddling": (
         ["hpt_upge", "d3s"],
         EVERY_ROW | {"num_generations": 8, "hpt_mode": "soft", "loss_type": "dapo"},
     ),
-    "skipping_demonstrated": (["hpt_upge"], {"upge_instance": "reinforce"}),
+    "skipping_demonstrated": (["hpt_upge"], {"hpt_upge_instance": "reinforce"}),
     "entropies": (["hapo"], EVERY_ROW | {"num_iterations": 2}),
-    "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dynamic_sampling": False}),
+    "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dler_dynamic_sampling": False}),
 }
 
 

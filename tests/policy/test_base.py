@@ -7,7 +7,7 @@ from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from papertrl.core.catalogue import load_trainer
-from papertrl.trainers.method import compose
+from papertrl.core.compose import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 
 from ..suite import PLAIN, active_config, build, dataset, digit_parity, history, settings, weights
@@ -135,7 +135,7 @@ def test_streamed_prompts_train_or_are_refused(policy_path, tmp_path):
         active_config(trainer_class, ["lp_reg"], tmp_path, max_steps=1),
         data=stream,
     ).train()
-    off = {"gain_rl": {"gain_sigma": None}, "dler": {"dynamic_sampling": False}}
+    off = {"gain_rl": {"gain_sigma": None}, "dler": {"dler_dynamic_sampling": False}}
     for name, values in off.items():
         trainer_class = load_trainer(name)
         build(
@@ -252,7 +252,7 @@ def test_feedback_arrives_before_the_next_choice(policy_path, tmp_path):
 
 
 def test_a_stage_that_does_not_exist_is_refused():
-    from papertrl.trainers.method import Method
+    from papertrl.core.declaration import Method
 
     with pytest.raises(TypeError, match=r"'odd' names stages \['brew'\]"):
         type("Odd", (PolicyTrainer,), {"method": Method(name="odd", summary="", extends=("brew",))})

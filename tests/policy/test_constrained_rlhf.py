@@ -264,7 +264,7 @@ OPTIONS = {
     "per_device_train_batch_size": 6,
     "learning_rate": 1e-2,
     "constraint_thresholds": {"digits": 0.2, "length": 0.3},
-    "lagrange_lr": 0.7,
+    "constraint_lagrange_lr": 0.7,
     "max_steps": 4,
 }
 
@@ -305,7 +305,11 @@ def advantages_by_hand(trainer, generation, reference, weights, free):
     [("equality", True, 0.0), ("inequality", True, 0.0), ("equality", False, 0.5), ("inequality", False, 0.5)],
 )
 def test_advantages_and_multipliers_of_a_run_are_those_computed_by_hand(mode, squash, start, policy_path, tmp_path):
-    options = OPTIONS | {"constraint_mode": mode, "lagrange_squash": squash, "reward_weights": [0.3, 9.0, 9.0]}
+    options = OPTIONS | {
+        "constraint_mode": mode,
+        "constraint_lagrange_squash": squash,
+        "reward_weights": [0.3, 9.0, 9.0],
+    }
     trainer = run(ConstrainedRlhfGRPOTrainer, policy_path, tmp_path, [checksum, length, digits], **options)
     reference = trainer.generations[0][2]
     raw, velocity = {"digits": start, "length": start}, {"digits": 0.0, "length": 0.0}
@@ -348,12 +352,16 @@ def test_divergence_counts_once_the_policy_has_left_the_reference(policy_path, t
 
 
 def _only_length(**values):
-    return OPTIONS | {"constraint_thresholds": {"length": 0.3}, "lagrange_init": 1.0} | values
+    return OPTIONS | {"constraint_thresholds": {"length": 0.3}, "constraint_lagrange_init": 1.0} | values
 
 
 def test_fixed_multipliers_stay(policy_path, tmp_path):
     trainer = run(
-        ConstrainedRlhfGRPOTrainer, policy_path, tmp_path, length, **_only_length(lagrange_fixed=True, max_steps=2)
+        ConstrainedRlhfGRPOTrainer,
+        policy_path,
+        tmp_path,
+        length,
+        **_only_length(constraint_lagrange_fixed=True, max_steps=2),
     )
     assert metric(trainer, "constrained_rlhf/length/weight") == pytest.approx([math.tanh(1.0)] * 2)
 
@@ -362,7 +370,11 @@ def test_a_constraint_nobody_scores_neither_acts_nor_moves(policy_path, tmp_path
     def never(completions, **kwargs):
         return [None] * len(completions)
 
-    options = OPTIONS | {"constraint_thresholds": {"never": 0.5, "length": 0.3}, "max_steps": 2, "lagrange_init": 0.5}
+    options = OPTIONS | {
+        "constraint_thresholds": {"never": 0.5, "length": 0.3},
+        "max_steps": 2,
+        "constraint_lagrange_init": 0.5,
+    }
     trainer = run(ConstrainedRlhfGRPOTrainer, policy_path, tmp_path, [never, length], **options)
     assert trainer._multipliers[0] == 0.5 and trainer._multipliers[1] != 0.5
     assert all(math.isfinite(loss) for loss in metric(trainer, "loss"))
@@ -384,9 +396,9 @@ SEARCH = {
     "eval_strategy": "steps",
     "eval_steps": 1,
     "per_device_eval_batch_size": 8,
-    "proxy_search_metric": "eval_rewards/checksum/mean",
-    "proxy_search_steps": {"length": 0.2},
-    "proxy_search_budget": 0.25,
+    "constraint_proxy_search_metric": "eval_rewards/checksum/mean",
+    "constraint_proxy_search_steps": {"length": 0.2},
+    "constraint_proxy_search_budget": 0.25,
     "reward_weights": [0.0, 1.0],
     "max_steps": 8,
 }
@@ -462,28 +474,46 @@ def test_the_reference_is_the_frozen_start(policy_path, tmp_path):
         ({"constraint_thresholds": {"length": math.nan}}, "`constraint_thresholds` must be finite numbers by name"),
         ({"constraint_thresholds": "length=0.3"}, "`constraint_thresholds` must be numbers by reward as JSON"),
         ({"constraint_mode": "both"}, "`constraint_mode` must be one of 'equality', 'inequality', got 'both'"),
-        ({"lagrange_lr": 0.0}, r"`lagrange_lr` must be a number in \(0, inf\), got 0.0"),
-        ({"lagrange_momentum": 1.0}, r"`lagrange_momentum` must be a number in \[0, 1\), got 1.0"),
-        ({"lagrange_init": math.inf}, "`lagrange_init` must be a number"),
-        ({"lagrange_max_grad_norm": 0}, r"`lagrange_max_grad_norm` must be a number in \(0, inf\), got 0"),
-        ({"proxy_search_budget": 0}, r"`proxy_search_budget` must be a number in \(0, 1\], got 0"),
-        ({"proxy_search_band": 1}, r"`proxy_search_band` must be a number in \(0, 1\), got 1"),
-        ({"proxy_search_alpha": 0}, r"`proxy_search_alpha` must be a number in \(0, inf\), got 0"),
-        ({"proxy_search_gamma": 1}, r"`proxy_search_gamma` must be a number in \(1, inf\), got 1"),
-        ({"proxy_search_rho": 1}, r"`proxy_search_rho` must be a number in \(0, 1\), got 1"),
-        ({"proxy_search_sigma": 0}, r"`proxy_search_sigma` must be a number in \(0, 1\), got 0"),
-        ({"proxy_search_tolerance": 0}, r"`proxy_search_tolerance` must be a number in \(0, inf\), got 0"),
+        ({"constraint_lagrange_lr": 0.0}, r"`constraint_lagrange_lr` must be a number in \(0, inf\), got 0.0"),
+        (
+            {"constraint_lagrange_momentum": 1.0},
+            r"`constraint_lagrange_momentum` must be a number in \[0, 1\), got 1.0",
+        ),
+        ({"constraint_lagrange_init": math.inf}, "`constraint_lagrange_init` must be a number"),
+        (
+            {"constraint_lagrange_max_grad_norm": 0},
+            r"`constraint_lagrange_max_grad_norm` must be a number in \(0, inf\), got 0",
+        ),
+        (
+            {"constraint_proxy_search_budget": 0},
+            r"`constraint_proxy_search_budget` must be a number in \(0, 1\], got 0",
+        ),
+        ({"constraint_proxy_search_band": 1}, r"`constraint_proxy_search_band` must be a number in \(0, 1\), got 1"),
+        (
+            {"constraint_proxy_search_alpha": 0},
+            r"`constraint_proxy_search_alpha` must be a number in \(0, inf\), got 0",
+        ),
+        (
+            {"constraint_proxy_search_gamma": 1},
+            r"`constraint_proxy_search_gamma` must be a number in \(1, inf\), got 1",
+        ),
+        ({"constraint_proxy_search_rho": 1}, r"`constraint_proxy_search_rho` must be a number in \(0, 1\), got 1"),
+        ({"constraint_proxy_search_sigma": 0}, r"`constraint_proxy_search_sigma` must be a number in \(0, 1\), got 0"),
+        (
+            {"constraint_proxy_search_tolerance": 0},
+            r"`constraint_proxy_search_tolerance` must be a number in \(0, inf\), got 0",
+        ),
         (
             {"constraint_thresholds": {"length": 1}, "multi_objective_aggregation": "normalize_then_sum"},
             "`multi_objective_aggregation` must be 'sum_then_normalize', got 'normalize_then_sum'",
         ),
         (
-            SEARCH | {"constraint_thresholds": {"length": 1}, "proxy_search_steps": {"other": 1.0}},
-            "needs `proxy_search_steps` other than 0 for all of `constraint_thresholds`, got {'other': 1.0}",
+            SEARCH | {"constraint_thresholds": {"length": 1}, "constraint_proxy_search_steps": {"other": 1.0}},
+            "needs `constraint_proxy_search_steps` other than 0 for all of `constraint_thresholds`, got {'other': 1.0}",
         ),
         (
-            SEARCH | {"constraint_thresholds": {"length": 1}, "proxy_search_steps": {"length": 0}},
-            "needs `proxy_search_steps` other than 0",
+            SEARCH | {"constraint_thresholds": {"length": 1}, "constraint_proxy_search_steps": {"length": 0}},
+            "needs `constraint_proxy_search_steps` other than 0",
         ),
         (
             SEARCH | {"constraint_thresholds": {"length": 1}, "eval_strategy": "no"},
@@ -510,7 +540,9 @@ def test_unknown_names_are_refused(policy_path, tmp_path):
         tmp_path,
         length,
         eval_data=dataset("policy").select(range(4)),
-        **_only_length(**SEARCH | {"proxy_search_metric": "eval_trust", "reward_weights": [1.0]}),
+        **_only_length(**SEARCH | {"constraint_proxy_search_metric": "eval_trust", "reward_weights": [1.0]}),
     )
-    with pytest.raises(ValueError, match=r"`proxy_search_metric` needs \['eval_trust'\].*'eval_rewards/length/mean'"):
+    with pytest.raises(
+        ValueError, match=r"`constraint_proxy_search_metric` needs \['eval_trust'\].*'eval_rewards/length/mean'"
+    ):
         trainer.train()

@@ -139,7 +139,7 @@ def values_by_hand(tree):
 @pytest.mark.parametrize("fast", [True, False], ids=["fast", "generate"])
 def test_what_a_run_searches_and_trains_on(fast, policy_path, tmp_path):
     options = SEARCH | {"max_steps": 3, "tree_dump_dir": str(tmp_path / "trees"), "tree_dump_steps": 1}
-    options |= {"fast_rollouts": fast, "replay_accuracy_max": None}
+    options |= {"fast_rollouts": fast, "tree_replay_accuracy_max": None}
     trainer = run(DeepsearchGRPOTrainer, policy_path, tmp_path, **options)
     tokenizer = AutoTokenizer.from_pretrained(policy_path)
     dumps = dumped(tmp_path / "trees")
@@ -247,7 +247,7 @@ def test_prompts_that_are_rarely_solved_are_replayed(policy_path, tmp_path):
 
 def test_nothing_is_replayed_without_a_bound(policy_path, tmp_path):
     data = Dataset.from_dict({"prompt": ["1+2=", "3+4=", "5+6="]})
-    options = SEARCH | {"max_steps": 2, "replay_accuracy_max": None}
+    options = SEARCH | {"max_steps": 2, "tree_replay_accuracy_max": None}
     trainer = run(DeepsearchGRPOTrainer, policy_path, tmp_path, Rare(), data, **options)
     assert trainer.method_state()["deepsearch"] == {}
     assert metric(trainer, "deepsearch/cached_prompt_fraction") == [0.0, 0.0]
@@ -265,7 +265,7 @@ def test_rows_without_a_reward_have_no_advantage(policy_path, tmp_path):
 def test_refilled_groups_keep_the_advantages_of_their_trees(policy_path, tmp_path):
     """DLER moves whole groups; unfilled places have no advantage."""
     trainer_class = compose(DeepsearchGRPOTrainer, DlerGRPOTrainer)
-    options = SEARCH | {"max_steps": 3, "max_resample_batches": 1, "truncation_length": 8}
+    options = SEARCH | {"max_steps": 3, "dler_max_resample_batches": 1, "dler_truncation_length": 8}
     trainer = run(trainer_class, policy_path, tmp_path, **options)
     assert max(metric(trainer, "groups/refill_rounds")) > 0
     checked = 0
@@ -344,7 +344,10 @@ def test_verifying_leaves_no_trace(policy_path, tmp_path):
         ({"tree_q_temperature": 0.0}, r"`tree_q_temperature` must be a number in \(0, inf\), got 0.0"),
         ({"tree_q_max": 0.0}, r"`tree_q_max` must be a number in \(0, inf\), got 0.0"),
         ({"tree_adv_norm": "mean"}, "`tree_adv_norm` must be one of 'sibling_mean', 'sibling_mean_std', 'none'"),
-        ({"replay_accuracy_max": 0.0}, r"`replay_accuracy_max` must be a number in \(0, 1\] or None, got 0.0"),
+        (
+            {"tree_replay_accuracy_max": 0.0},
+            r"`tree_replay_accuracy_max` must be a number in \(0, 1\] or None, got 0.0",
+        ),
         ({"tree_dump_steps": 0}, r"`tree_dump_steps` must be a number in \[1, inf\), got 0"),
         ({"generation_kwargs": {"stop_strings": ["."]}}, "leave `stop_strings` out .*tree_width=None"),
     ],

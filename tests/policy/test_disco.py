@@ -16,6 +16,7 @@ from papertrl import (
     PolicyTrainer,
     compose,
 )
+from papertrl.core.declaration import Method
 from papertrl.losses.masked import masked_mean
 from papertrl.losses.policy.disco import (
     answer_labels,
@@ -26,7 +27,6 @@ from papertrl.losses.policy.disco import (
     in_mixed_group,
     sampling_divergence,
 )
-from papertrl.trainers.method import Method
 
 from ..suite import dataset, settings
 from .runs import checksum, distributions, gradients, make, metric, run, sampled
@@ -405,6 +405,11 @@ def test_lp_regs_penalty_is_added_in_either_order(policy_path, tmp_path):
 
 def test_dlers_filter_brings_questions_of_both_kinds(policy_path, tmp_path):
     trainer_class = compose(DiscoGRPOTrainer, DlerGRPOTrainer)
-    options = {"advantage_whitening": "none", "length_penalty": "none", "max_resample_batches": 8, "max_steps": 2}
+    options = {
+        "dler_advantage_whitening": "none",
+        "dler_length_penalty": "none",
+        "dler_max_resample_batches": 8,
+        "max_steps": 2,
+    }
     trainer = run(trainer_class, policy_path, tmp_path, **options)
     assert metric(trainer, "disco/mixed_questions") == [1.0, 1.0]

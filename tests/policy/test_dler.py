@@ -166,7 +166,7 @@ def test_merge_refuses_different_models():
 
 # --- The trainer ------------------------------------------------------------------------------------------------
 
-FIRING = {"truncation_length": 3, "per_device_train_batch_size": 8, "max_resample_batches": 0, "beta": 0.0}
+FIRING = {"dler_truncation_length": 3, "per_device_train_batch_size": 8, "dler_max_resample_batches": 0, "beta": 0.0}
 
 
 def texts_of(trainer, batch):
@@ -191,7 +191,7 @@ def advantages_by_hand(scored, whitening):
 
 @pytest.mark.parametrize("whitening", ["token", "sequence"])
 def test_rewards_and_advantages_of_a_run(whitening, policy_path, tmp_path):
-    trainer = run(DlerGRPOTrainer, policy_path, tmp_path, **FIRING, advantage_whitening=whitening)
+    trainer = run(DlerGRPOTrainer, policy_path, tmp_path, **FIRING, dler_advantage_whitening=whitening)
     late = 0
     for scored, batch, _, _ in trainer.generations:
         raw = checksum(texts_of(trainer, batch))
@@ -208,7 +208,7 @@ def test_rewards_and_advantages_of_a_run(whitening, policy_path, tmp_path):
 
 
 def test_a_completion_that_never_ends_gets_nothing_within_the_limit(policy_path, tmp_path):
-    options = FIRING | {"truncation_length": None, "max_completion_length": 3}
+    options = FIRING | {"dler_truncation_length": None, "max_completion_length": 3}
     trainer = run(DlerGRPOTrainer, policy_path, tmp_path, lambda completions, **_: [1.0] * len(completions), **options)
     at_limit = 0
     for scored, batch, _, _ in trainer.generations:
@@ -231,7 +231,7 @@ def by_prompt(dead):
 def test_groups_without_variance_are_replaced(policy_path, tmp_path):
     data = Dataset.from_dict({"prompt": [f"{i}=" for i in range(8)]})
     dead = {"0=", "1=", "2=", "3="}
-    options = FIRING | {"max_resample_batches": 8, "length_penalty": "none", "truncation_length": None}
+    options = FIRING | {"dler_max_resample_batches": 8, "dler_length_penalty": "none", "dler_truncation_length": None}
     trainer = run(DlerGRPOTrainer, policy_path, tmp_path, by_prompt(dead), data, **options)
     for scored, batch, _, rows in trainer.generations:
         assert bool(scored.usable.all()) and varied_groups(scored) == {0, 1, 2, 3}
@@ -249,7 +249,12 @@ def test_groups_without_variance_are_replaced(policy_path, tmp_path):
 def test_places_that_stay_empty_have_no_effect(policy_path, tmp_path):
     data = Dataset.from_dict({"prompt": [f"{i}=" for i in range(8)]})
     dead = {f"{i}=" for i in range(7)}
-    options = FIRING | {"max_resample_batches": 1, "length_penalty": "none", "truncation_length": None, "max_steps": 4}
+    options = FIRING | {
+        "dler_max_resample_batches": 1,
+        "dler_length_penalty": "none",
+        "dler_truncation_length": None,
+        "max_steps": 4,
+    }
     trainer = run(DlerGRPOTrainer, policy_path, tmp_path, by_prompt(dead), data, **options)
     partly = 0
     for scored, batch, _, _ in trainer.generations:
@@ -264,7 +269,7 @@ def test_places_that_stay_empty_have_no_effect(policy_path, tmp_path):
 
 
 def test_without_any_variance_the_loss_is_zero(policy_path, tmp_path):
-    options = FIRING | {"max_resample_batches": 1, "max_steps": 2}
+    options = FIRING | {"dler_max_resample_batches": 1, "max_steps": 2}
     constant = run(
         DlerGRPOTrainer, policy_path, tmp_path, lambda completions, **_: [0.0] * len(completions), **options
     )
@@ -274,7 +279,7 @@ def test_without_any_variance_the_loss_is_zero(policy_path, tmp_path):
 
 def test_limits_by_difficulty(policy_path, tmp_path):
     """ρ is taken under the longest limit; the group's own limit decides the reward."""
-    options = FIRING | {"da_thresholds": [0.5], "da_lengths": [6, 2], "dynamic_sampling": False}
+    options = FIRING | {"dler_da_thresholds": [0.5], "dler_da_lengths": [6, 2], "dler_dynamic_sampling": False}
     trainer = run(DlerGRPOTrainer, policy_path, tmp_path, **options)
     short = []
     for scored, batch, _, _ in trainer.generations:
@@ -295,7 +300,7 @@ def test_limits_by_difficulty(policy_path, tmp_path):
 @pytest.mark.parametrize(("estimator", "corrected"), [("k2", False), ("k3", False), ("k3", True)])
 def test_divergence_to_the_reference(estimator, corrected, policy_path, tmp_path):
     """By default nothing but the estimate: its gradient is not that of the estimate times the ratio."""
-    options = FIRING | {"beta": 0.3, "kl_estimator": estimator, "max_steps": 1}
+    options = FIRING | {"beta": 0.3, "dler_kl_estimator": estimator, "max_steps": 1}
     if corrected:
         options["use_bias_correction_kl"] = True
     constant = {"reward": lambda completions, **_: [0.0] * len(completions)}
@@ -323,29 +328,32 @@ def test_divergence_to_the_reference(estimator, corrected, policy_path, tmp_path
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"length_penalty": "soft"}, "`length_penalty` must be one of 'truncation', 'none', got 'soft'"),
-        ({"truncation_length": 0}, r"`truncation_length` must be a number in \[1, inf\) or None, got 0"),
-        ({"truncation_length": 9}, r"`truncation_length` must be in \[1, max_completion_length=8\], got 9"),
-        ({"da_thresholds": [0.5]}, "`da_thresholds`.*need `da_lengths`"),
-        ({"da_lengths": [4, 2]}, "`da_lengths` must have one more entry than `da_thresholds`"),
+        ({"dler_length_penalty": "soft"}, "`dler_length_penalty` must be one of 'truncation', 'none', got 'soft'"),
+        ({"dler_truncation_length": 0}, r"`dler_truncation_length` must be a number in \[1, inf\) or None, got 0"),
+        ({"dler_truncation_length": 9}, r"`dler_truncation_length` must be in \[1, max_completion_length=8\], got 9"),
+        ({"dler_da_thresholds": [0.5]}, "`dler_da_thresholds`.*need `dler_da_lengths`"),
+        ({"dler_da_lengths": [4, 2]}, "`dler_da_lengths` must have one more entry than `dler_da_thresholds`"),
         (
-            {"da_thresholds": [0.5], "da_lengths": [9, 2]},
-            r"`da_lengths` must be in \[1, max_completion_length=8\], got 9",
+            {"dler_da_thresholds": [0.5], "dler_da_lengths": [9, 2]},
+            r"`dler_da_lengths` must be in \[1, max_completion_length=8\], got 9",
         ),
-        ({"da_thresholds": [0.5], "da_lengths": [4, 0]}, r"`da_lengths` must be in \[1, .*, got 0"),
+        ({"dler_da_thresholds": [0.5], "dler_da_lengths": [4, 0]}, r"`dler_da_lengths` must be in \[1, .*, got 0"),
         (
-            {"da_thresholds": [0.5, 0.2], "da_lengths": [4, 3, 2]},
-            r"`da_thresholds` must be ascending numbers in \(0, 1\]",
+            {"dler_da_thresholds": [0.5, 0.2], "dler_da_lengths": [4, 3, 2]},
+            r"`dler_da_thresholds` must be ascending numbers in \(0, 1\]",
         ),
-        ({"da_thresholds": [0.5, 0.5], "da_lengths": [4, 3, 2]}, "`da_thresholds` must be ascending"),
-        ({"da_thresholds": [1.5], "da_lengths": [4, 3]}, "`da_thresholds` must be ascending"),
-        ({"advantage_whitening": "batch"}, "`advantage_whitening` must be one of 'token', 'sequence', 'none'"),
-        ({"max_resample_batches": -1}, r"`max_resample_batches` must be a number in \[0, inf\), got -1"),
-        ({"kl_estimator": "k1"}, "`kl_estimator` must be one of 'k2', 'k3', got 'k1'"),
+        ({"dler_da_thresholds": [0.5, 0.5], "dler_da_lengths": [4, 3, 2]}, "`dler_da_thresholds` must be ascending"),
+        ({"dler_da_thresholds": [1.5], "dler_da_lengths": [4, 3]}, "`dler_da_thresholds` must be ascending"),
+        (
+            {"dler_advantage_whitening": "batch"},
+            "`dler_advantage_whitening` must be one of 'token', 'sequence', 'none'",
+        ),
+        ({"dler_max_resample_batches": -1}, r"`dler_max_resample_batches` must be a number in \[0, inf\), got -1"),
+        ({"dler_kl_estimator": "k1"}, "`dler_kl_estimator` must be one of 'k2', 'k3', got 'k1'"),
         ({"beta": -1.0}, r"`beta` must be a number in \[0, inf\), got -1.0"),
         ({"epsilon_high": -0.1}, r"`epsilon_high` must be a number in \[0, inf\) or None"),
         ({"delta": 1.0}, r"`delta` must be a number in \(1, inf\) or None"),
-        ({"mask_truncated_completions": True}, "`mask_truncated_completions=True`.*`length_penalty='none'`"),
+        ({"mask_truncated_completions": True}, "`mask_truncated_completions=True`.*`dler_length_penalty='none'`"),
     ],
 )
 def test_bad_values_are_refused(values, message, tmp_path):
@@ -354,5 +362,5 @@ def test_bad_values_are_refused(values, message, tmp_path):
 
 
 def test_masking_truncated_completions_is_fine_without_truncation(tmp_path):
-    values = {"mask_truncated_completions": True, "length_penalty": "none"}
+    values = {"mask_truncated_completions": True, "dler_length_penalty": "none"}
     assert DlerGRPOConfig(**settings("policy", tmp_path, **values)).mask_truncated_completions

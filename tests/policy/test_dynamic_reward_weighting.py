@@ -298,11 +298,11 @@ def test_half_precision_run(policy_path, tmp_path):
 # --- The trainer: by hypervolume --------------------------------------------------------------------------------
 
 VOLUME = {
-    "reward_weighting": "hypervolume",
+    "weighting_mode": "hypervolume",
     "per_device_train_batch_size": 6,
     "learning_rate": 1e-2,
     "max_steps": 8,
-    "hypervolume_ema": 0.3,
+    "weighting_hypervolume_ema": 0.3,
     "seed": 1,
 }
 
@@ -405,13 +405,16 @@ def test_a_resumed_front_goes_on(policy_path, tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"reward_weighting": "both"}, "`reward_weighting` must be one of 'gradient', 'hypervolume', 'none', got"),
+        ({"weighting_mode": "both"}, "`weighting_mode` must be one of 'gradient', 'hypervolume', 'none', got"),
         ({"weighting_regularization": 0.0}, r"`weighting_regularization` must be a number in \(0, inf\), got 0.0"),
         ({"weighting_accumulation": 0}, r"`weighting_accumulation` must be a number in \[1, inf\), got 0"),
         ({"weighting_layers": [-1]}, r"`weighting_layers` must be layer numbers from 0, got \[-1\]"),
-        ({"hypervolume_low": 0.0}, r"`hypervolume_low` must be a number in \(0, inf\), got 0.0"),
-        ({"hypervolume_gain": -1.0}, r"`hypervolume_gain` must be a number in \(0, inf\), got -1.0"),
-        ({"hypervolume_ema": 1.0}, r"`hypervolume_ema` must be a number in \[0, 1\), got 1.0"),
+        ({"weighting_hypervolume_low": 0.0}, r"`weighting_hypervolume_low` must be a number in \(0, inf\), got 0.0"),
+        (
+            {"weighting_hypervolume_gain": -1.0},
+            r"`weighting_hypervolume_gain` must be a number in \(0, inf\), got -1.0",
+        ),
+        ({"weighting_hypervolume_ema": 1.0}, r"`weighting_hypervolume_ema` must be a number in \[0, 1\), got 1.0"),
         (
             {"multi_objective_aggregation": "normalize_then_sum"},
             "`multi_objective_aggregation` must be 'sum_then_normalize', got 'normalize_then_sum'",
@@ -432,7 +435,7 @@ def test_bad_values_are_refused(values, message, tmp_path):
             r"`reward_weights` must be positive to be weighed dynamically, got \[1.0, 0.0\]",
         ),
         ({"weighting_layers": [2]}, 1, r"`weighting_layers` must be below 2, the number of layers, got \[2\]"),
-        ({"reward_weighting": "hypervolume"}, 5, "`reward_weighting='hypervolume'` takes at most 4 reward functions"),
+        ({"weighting_mode": "hypervolume"}, 5, "`weighting_mode='hypervolume'` takes at most 4 reward functions"),
     ],
 )
 def test_what_does_not_fit_model_or_rewards_is_refused(values, rewards, message, policy_path, tmp_path):

@@ -158,7 +158,7 @@ def test_prompts_follow_the_order_and_the_window_moves_by_the_formula(policy_pat
 
 def test_refilled_groups_come_from_the_same_window(policy_path, tmp_path):
     trainer_class = compose(GainRlGRPOTrainer, DlerGRPOTrainer)
-    both = NARROW | {"gain_step": 1e-3, "beta": 0.0, "max_resample_batches": 3, "per_device_train_batch_size": 8}
+    both = NARROW | {"gain_step": 1e-3, "beta": 0.0, "dler_max_resample_batches": 3, "per_device_train_batch_size": 8}
     trainer = run(trainer_class, policy_path, tmp_path, **both)
     order = trainer._curriculum.order.tolist()
     for generation in trainer.generations:

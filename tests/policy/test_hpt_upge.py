@@ -12,6 +12,7 @@ from trl import GRPOTrainer
 
 from papertrl import HptUpgeGRPOConfig, HptUpgeGRPOTrainer
 from papertrl.core.catalogue import load_trainer
+from papertrl.core.compose import compose
 from papertrl.losses.masked import masked_mean
 from papertrl.losses.policy.hpt_upge import (
     ADVANTAGES,
@@ -28,7 +29,6 @@ from papertrl.losses.policy.hpt_upge import (
     switch_weights,
 )
 from papertrl.losses.policy.surrogate import cispo_surrogate, clipped_surrogate, log_importance_weights
-from papertrl.trainers.method import compose
 from papertrl.trainers.policy.record import Source
 
 from ..suite import PLAIN, dataset, settings, weights
@@ -336,7 +336,7 @@ TRL = {
 @pytest.mark.parametrize("name", TRL)
 def test_gradient_in_a_run_equals_trls_loss(name, policy_path, tmp_path):
     """TRL's `_compute_loss` itself, on batches that the policy has moved away from."""
-    options = OFF_POLICY | PLAIN | {"epsilon": 0.05, "upge_instance": name, "learning_rate": 1e-3}
+    options = OFF_POLICY | PLAIN | {"epsilon": 0.05, "hpt_upge_instance": name, "learning_rate": 1e-3}
     loss_types = {"dapo": "dapo", "cispo_minimax": "cispo"}
     scale = TRL[name].get("scale_rewards", "group")
     options |= {"loss_type": loss_types.get(name, "dr_grpo"), "scale_rewards": scale, "epsilon_high": 0.05}
@@ -361,7 +361,7 @@ def test_gradient_in_a_run_equals_trls_loss(name, policy_path, tmp_path):
 
 def test_the_ratio_is_to_whatever_the_record_says(policy_path, tmp_path):
     """Rows sampled under another prompt differ in `old_per_token_logps` alone."""
-    trainer = run(HptUpgeGRPOTrainer, policy_path, tmp_path, **(OFF_POLICY | {"upge_instance": "grpo"}))
+    trainer = run(HptUpgeGRPOTrainer, policy_path, tmp_path, **(OFF_POLICY | {"hpt_upge_instance": "grpo"}))
     trainer.current_gradient_accumulation_steps = 2
     batch = dict(trainer.micro_batches[0][0])
     moved = 0.1 * torch.linspace(-1, 1, batch["old_per_token_logps"].numel()).view_as(batch["old_per_token_logps"])
@@ -378,7 +378,9 @@ def test_the_ratio_is_to_whatever_the_record_says(policy_path, tmp_path):
 
 
 def test_padding_and_prompt_do_not_enter(policy_path, tmp_path):
-    trainer = run(HptUpgeGRPOTrainer, policy_path, tmp_path, **(GATED | {"hpt_mode": "soft", "upge_instance": "grpo"}))
+    trainer = run(
+        HptUpgeGRPOTrainer, policy_path, tmp_path, **(GATED | {"hpt_mode": "soft", "hpt_upge_instance": "grpo"})
+    )
     trainer.current_gradient_accumulation_steps = 2
     batch = trainer.micro_batches[0][0]
     padding = batch["completion_mask"] == 0
@@ -494,7 +496,7 @@ def test_a_large_gradient_is_no_step_for_weights_or_optimizer(policy_path, tmp_p
     class Guard(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 1:
-                args.upge_max_grad_norm_skip = 1e-9
+                args.hpt_max_grad_norm_skip = 1e-9
                 kept.update(weights=weights(trainer), state=moments())
 
     def moments():
@@ -518,8 +520,10 @@ def test_a_large_gradient_is_no_step_for_weights_or_optimizer(policy_path, tmp_p
 @pytest.mark.parametrize("other", ["d3s", "lp_reg", "dler"])
 def test_the_order_of_listing_changes_nothing(other, policy_path, tmp_path):
     same = {"epsilon": 0.2, "epsilon_high": 0.28, "delta": None, "beta": 0.0, "loss_type": "dapo"}
-    extra = {"d3s": {}, "lp_reg": {"lp_reg_kappa": 0.2, "lp_reg_rho": 0.6}, "dler": {"truncation_length": 4}}[other]
-    options = GATED | same | extra | {"max_steps": 2, "num_iterations": 2, "upge_instance": "grpo"}
+    extra = {"d3s": {}, "lp_reg": {"lp_reg_kappa": 0.2, "lp_reg_rho": 0.6}, "dler": {"dler_truncation_length": 4}}[
+        other
+    ]
+    options = GATED | same | extra | {"max_steps": 2, "num_iterations": 2, "hpt_upge_instance": "grpo"}
     results = []
     for names in ([other, "hpt_upge"], ["hpt_upge", other]):
         trainer = run(compose(*map(load_trainer, names)), policy_path, tmp_path / names[0], **options)
@@ -545,7 +549,7 @@ def test_ratios_of_another_method_keep_its_loss(policy_path, tmp_path):
 
     results = []
     for instance in (None, "grpo"):
-        options = OFF_POLICY | {"upge_instance": instance}
+        options = OFF_POLICY | {"hpt_upge_instance": instance}
         trainer = run(Reshaped, policy_path, tmp_path / str(instance), checksum, **options)
         results.append(weights(trainer))
     for key, value in results[0].items():
@@ -559,16 +563,19 @@ def test_ratios_of_another_method_keep_its_loss(policy_path, tmp_path):
         ({"hpt_gate": math.nan}, r"`hpt_gate` must be a number in \[0, 1\], got nan"),
         ({"hpt_mode": "mix"}, "`hpt_mode` must be one of 'switch', 'soft', 'none', got 'mix'"),
         ({"hpt_sft_coef": -1.0}, r"`hpt_sft_coef` must be a number in \[0, inf\), got -1.0"),
-        ({"upge_instance": "rloo"}, "`upge_instance` must be one of 'sft', 'ppo', .* or None, got 'rloo'"),
-        ({"upge_gamma": 0.0}, r"`upge_gamma` must be a number in \(0, inf\), got 0.0"),
-        ({"upge_max_grad_norm_skip": 0.0}, r"`upge_max_grad_norm_skip` must be a number in \(0, inf\) or None"),
-        ({"ratio_denominator": "one"}, "`ratio_denominator` is 'one', but changes a row .*`upge_instance` names none"),
-        ({"upge_instance": "grpo", "loss_type": "sapo"}, "`loss_type` is the normalizer of .* got 'sapo'"),
+        ({"hpt_upge_instance": "rloo"}, "`hpt_upge_instance` must be one of 'sft', 'ppo', .* or None, got 'rloo'"),
+        ({"hpt_upge_gamma": 0.0}, r"`hpt_upge_gamma` must be a number in \(0, inf\), got 0.0"),
+        ({"hpt_max_grad_norm_skip": 0.0}, r"`hpt_max_grad_norm_skip` must be a number in \(0, inf\) or None"),
         (
-            {"upge_instance": "grpo", "importance_sampling_level": "sequence"},
+            {"hpt_upge_denominator": "one"},
+            "`hpt_upge_denominator` is 'one', but changes a row .*`hpt_upge_instance` names none",
+        ),
+        ({"hpt_upge_instance": "grpo", "loss_type": "sapo"}, "`loss_type` is the normalizer of .* got 'sapo'"),
+        (
+            {"hpt_upge_instance": "grpo", "importance_sampling_level": "sequence"},
             "`importance_sampling_level` is 'sequence', but .*'gspo'",
         ),
-        ({"upge_instance": "dr_grpo"}, "'dr_grpo'` goes with `scale_rewards='none'`, got 'group'"),
+        ({"hpt_upge_instance": "dr_grpo"}, "'dr_grpo'` goes with `scale_rewards='none'`, got 'group'"),
         (
             {"hpt_mode": "soft", "multi_objective_aggregation": "normalize_then_sum"},
             "`multi_objective_aggregation` must be 'sum_then_normalize', got 'normalize_then_sum'",
@@ -583,10 +590,10 @@ def test_bad_values_are_refused(values, message, tmp_path):
 def test_deepspeed_cannot_be_held_back(tmp_path):
     args = HptUpgeGRPOConfig(**settings("policy", tmp_path))
     args.deepspeed = {"zero_optimization": {"stage": 2}}
-    with pytest.raises(ValueError, match=r"`upge_max_grad_norm_skip` is 80\.0, but DeepSpeed .* Set it to None"):
+    with pytest.raises(ValueError, match=r"`hpt_max_grad_norm_skip` is 80\.0, but DeepSpeed .* Set it to None"):
         args.validate()
 
 
 def test_parts_override_the_row(tmp_path):
-    args = HptUpgeGRPOConfig(**settings("policy", tmp_path, upge_instance="grpo", upge_mask="none"))
+    args = HptUpgeGRPOConfig(**settings("policy", tmp_path, hpt_upge_instance="grpo", hpt_upge_mask="none"))
     assert args.estimator() == Estimator("none", "old", "rollouts", "none")

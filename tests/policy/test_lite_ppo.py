@@ -41,7 +41,12 @@ def hash_of(prompt):
 
 @pytest.mark.parametrize("scope", ["group", "batch"])
 def test_advantages_of_a_run(scope, policy_path, tmp_path):
-    options = {"num_generations": 4, "reward_mean_scope": scope, "max_steps": 2, "per_device_train_batch_size": 6}
+    options = {
+        "num_generations": 4,
+        "lite_ppo_reward_mean_scope": scope,
+        "max_steps": 2,
+        "per_device_train_batch_size": 6,
+    }
     trainer = run(LitePpoGRPOTrainer, policy_path, tmp_path, uneven, **options)
     largest = []
     for scored, batch, _, _ in trainer.generations:
@@ -112,7 +117,10 @@ def test_defaults_are_those_of_the_paper(tmp_path):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"reward_mean_scope": "row"}, "`reward_mean_scope` must be one of 'group', 'batch', got 'row'"),
+        (
+            {"lite_ppo_reward_mean_scope": "row"},
+            "`lite_ppo_reward_mean_scope` must be one of 'group', 'batch', got 'row'",
+        ),
         ({"temperature": 0.0}, r"`temperature` must be a number in \(0, inf\), got 0.0"),
         ({"top_p": 0.0}, r"`top_p` must be a number in \(0, 1\], got 0.0"),
         ({"top_p": 1.2}, r"`top_p` must be a number in \(0, 1\], got 1.2"),

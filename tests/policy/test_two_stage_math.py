@@ -160,16 +160,18 @@ def advantages_by_hand(scored, args):
     totals = []
     for i, reward in enumerate(rewards):
         total = reward
-        total += args.cosine_weight * cosine_by_hand(
+        total += args.two_stage_cosine_weight * cosine_by_hand(
             lengths[i],
             reward > 0,
-            args.cosine_max_length or args.max_completion_length,
-            args.cosine_right,
-            args.cosine_wrong,
+            args.two_stage_cosine_max_length or args.max_completion_length,
+            args.two_stage_cosine_right,
+            args.two_stage_cosine_wrong,
         )
-        peers = [j for j in range(len(ids)) if ids[j] == ids[i] or args.relative_length_scope == "batch"]
+        peers = [j for j in range(len(ids)) if ids[j] == ids[i] or args.two_stage_relative_length_scope == "batch"]
         correct = [rewards[j] > 0 for j in peers]
-        total += args.relative_length_weight * relative_by_hand([lengths[j] for j in peers], correct, peers.index(i))
+        total += args.two_stage_relative_length_weight * relative_by_hand(
+            [lengths[j] for j in peers], correct, peers.index(i)
+        )
         totals.append(total)
     advantages = []
     for i, total in enumerate(totals):
@@ -182,9 +184,13 @@ def advantages_by_hand(scored, args):
     "options",
     [
         {},
-        {"cosine_weight": 0.0, "relative_length_weight": 2.0},
-        {"cosine_max_length": 3, "cosine_right": [2.0, 0.5], "cosine_wrong": [-0.5, 0.0]},
-        {"relative_length_scope": "batch"},
+        {"two_stage_cosine_weight": 0.0, "two_stage_relative_length_weight": 2.0},
+        {
+            "two_stage_cosine_max_length": 3,
+            "two_stage_cosine_right": [2.0, 0.5],
+            "two_stage_cosine_wrong": [-0.5, 0.0],
+        },
+        {"two_stage_relative_length_scope": "batch"},
     ],
     ids=str,
 )
@@ -213,7 +219,7 @@ def test_the_papers_sum_has_format_and_length_but_no_accuracy(policy_path, tmp_p
         return [0.25] * len(completions)
 
     args = TwoStageMathGRPOConfig(
-        **settings("policy", tmp_path, max_steps=1, correctness_reward="checksum", reward_weights=[0.0, 1.0])
+        **settings("policy", tmp_path, max_steps=1, two_stage_correctness_reward="checksum", reward_weights=[0.0, 1.0])
     )
     trainer = TwoStageMathGRPOTrainer(policy_path, [checksum, formatted], args, train_dataset=dataset("policy"))
     trainer.train()
@@ -243,7 +249,7 @@ def test_rows_that_nobody_scored_stay_out(policy_path, tmp_path):
 def test_with_a_refill_it_is_the_kept_groups_that_are_compared(policy_path, tmp_path):
     """Length rewards make DLER keep groups whose completions are all right."""
     trainer_class = compose(TwoStageMathGRPOTrainer, DlerGRPOTrainer)
-    options = {"advantage_whitening": "none", "length_penalty": "none", "beta": 0.0, "max_steps": 1}
+    options = {"dler_advantage_whitening": "none", "dler_length_penalty": "none", "beta": 0.0, "max_steps": 1}
 
     def right(completions, **kwargs):
         return [1.0] * len(completions)
@@ -257,13 +263,28 @@ def test_with_a_refill_it_is_the_kept_groups_that_are_compared(policy_path, tmp_
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"cosine_weight": -1.0}, r"`cosine_weight` must be a number in \[0, inf\), got -1.0"),
-        ({"relative_length_weight": math.nan}, r"`relative_length_weight` must be a number in \[0, inf\), got nan"),
-        ({"cosine_max_length": 0}, r"`cosine_max_length` must be a number in \[1, inf\) or None, got 0"),
-        ({"cosine_right": [1.0]}, r"`cosine_right` must be two numbers, got \[1.0\]"),
-        ({"cosine_right": [0.1, 1.0]}, r"`cosine_right` must fall.*got \[0.1, 1.0\] and \[-1.0, -0.1\]"),
-        ({"cosine_wrong": [-1.0, 0.5]}, r"`cosine_right` must fall.*got \[1.0, 0.1\] and \[-1.0, 0.5\]"),
-        ({"relative_length_scope": "rank"}, "`relative_length_scope` must be one of 'group', 'batch', got 'rank'"),
+        ({"two_stage_cosine_weight": -1.0}, r"`two_stage_cosine_weight` must be a number in \[0, inf\), got -1.0"),
+        (
+            {"two_stage_relative_length_weight": math.nan},
+            r"`two_stage_relative_length_weight` must be a number in \[0, inf\), got nan",
+        ),
+        (
+            {"two_stage_cosine_max_length": 0},
+            r"`two_stage_cosine_max_length` must be a number in \[1, inf\) or None, got 0",
+        ),
+        ({"two_stage_cosine_right": [1.0]}, r"`two_stage_cosine_right` must be two numbers, got \[1.0\]"),
+        (
+            {"two_stage_cosine_right": [0.1, 1.0]},
+            r"`two_stage_cosine_right` must fall.*got \[0.1, 1.0\] and \[-1.0, -0.1\]",
+        ),
+        (
+            {"two_stage_cosine_wrong": [-1.0, 0.5]},
+            r"`two_stage_cosine_right` must fall.*got \[1.0, 0.1\] and \[-1.0, 0.5\]",
+        ),
+        (
+            {"two_stage_relative_length_scope": "rank"},
+            "`two_stage_relative_length_scope` must be one of 'group', 'batch', got 'rank'",
+        ),
         (
             {"multi_objective_aggregation": "normalize_then_sum"},
             "`multi_objective_aggregation` must be 'sum_then_normalize', got 'normalize_then_sum'",
@@ -276,5 +297,7 @@ def test_bad_values_are_refused(values, message, tmp_path):
 
 
 def test_unknown_correctness_reward_is_refused(policy_path, tmp_path):
-    with pytest.raises(ValueError, match=r"`correctness_reward` must be one of \['checksum'\], got 'accuracy'"):
-        make(TwoStageMathGRPOTrainer, policy_path, tmp_path, correctness_reward="accuracy")
+    with pytest.raises(
+        ValueError, match=r"`two_stage_correctness_reward` must be one of \['checksum'\], got 'accuracy'"
+    ):
+        make(TwoStageMathGRPOTrainer, policy_path, tmp_path, two_stage_correctness_reward="accuracy")

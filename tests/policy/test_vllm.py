@@ -8,7 +8,7 @@ import torch
 from trl import GRPOConfig, GRPOTrainer
 
 from papertrl.core.catalogue import load_trainer
-from papertrl.trainers.method import compose
+from papertrl.core.compose import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.record import Source
 
@@ -73,7 +73,7 @@ def test_base_equals_trl(policy_path, tmp_path):
 def test_combination_trains_on_what_the_client_sampled(policy_path, tmp_path):
     names = ["lp_reg", "d3s", "dler", "gain_rl"]
     trainer_class = compose(*map(load_trainer, names))
-    values = {"truncation_length": 5, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
+    values = {"dler_truncation_length": 5, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
     trainer = train(trainer_class, active_config(trainer_class, names, tmp_path, **values), policy_path)
     assert all(value.isfinite().all() for value in weights(trainer).values())
     logged = set().union(*trainer.state.log_history)

@@ -7,8 +7,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
+from papertrl.core.declaration import Method
 from papertrl.losses.preference.pair_losses import PAIR_LOSSES
-from papertrl.trainers.method import Method
 from papertrl.trainers.preference.base import PreferenceConfig, PreferenceTrainer
 from papertrl.trainers.preference.record import PreferenceRecord
 

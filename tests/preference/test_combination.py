@@ -28,7 +28,7 @@ METHODS = {"ln_dpo": LnDPOTrainer, "rpo": RpoDPOTrainer, "hypo": HypoDPOTrainer}
 ACTING = {
     "ln_dpo": {},
     "rpo": {"rpo_eta": 1.0},
-    "hypo": {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4},
+    "hypo": {"hypo_kl_coef": 0.1, "hypo_kl_max_new_tokens": 4},
 }
 COMBINATIONS = [(a,) for a in METHODS] + list(itertools.permutations(METHODS, 2)) + [tuple(METHODS)]
 
@@ -66,7 +66,7 @@ def test_order_of_methods_does_not_matter(tiny_path, tokenizer, tmp_path):
 
 
 def test_loss_of_a_combination_is_the_sum_of_its_parts(tiny_path, tokenizer, tmp_path):
-    options = {"beta": 0.5, "rpo_eta": 0.4, "online_kl_coef": 0.2, "online_kl_max_new_tokens": 4}
+    options = {"beta": 0.5, "rpo_eta": 0.4, "hypo_kl_coef": 0.2, "hypo_kl_max_new_tokens": 4}
     trainer = make(tuple(METHODS), tiny_path, tokenizer, tmp_path, **options)
     loss, _ = loss_and_gradients(trainer, first_batch(trainer))
     metrics = recorded(trainer)

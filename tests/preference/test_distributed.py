@@ -31,7 +31,7 @@ from papertrl.models.tiny import tiny_tokenizer
 from .common import history, make_trainer, pairs, weights
 
 TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
-ONLINE = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 4, "beta": 0.1}
+ONLINE = {"hypo_kl_coef": 0.3, "hypo_kl_max_new_tokens": 4, "beta": 0.1}
 DISTANT = pairs().add_column("sem_distance", [i / 8 for i in range(16)])
 ROUNDS = {"online_iterations": 2, "online_max_new_tokens": 4, "online_num_prompts": 8}
 # Lists of which some do not count, more on one process than on the other

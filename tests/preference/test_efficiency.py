@@ -111,7 +111,7 @@ def test_padding_cannot_leak(tiny_path, tokenizer, tmp_path):
 @pytest.mark.parametrize("values", [{"bf16": True}, {"peft_config": LoraConfig(r=4, target_modules="all-linear")}])
 @pytest.mark.parametrize("name", ["rpo", "hypo"])
 def test_methods_train_with_sharing(name, values, tiny_path, tokenizer, tmp_path):
-    options = {"online_kl_coef": 0.1, "online_kl_max_new_tokens": 4} if name == "hypo" else {}
+    options = {"hypo_kl_coef": 0.1, "hypo_kl_max_new_tokens": 4} if name == "hypo" else {}
     trainer = make_trainer(load_trainer(name), tiny_path, tokenizer, tmp_path, share_prompts=True, **options, **values)
     assert trainer._shares_prompts
     trainer.train()

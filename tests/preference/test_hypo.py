@@ -27,7 +27,7 @@ from .common import (
     weights,
 )
 
-SHORT = {"online_kl_coef": 0.3, "online_kl_max_new_tokens": 5, "beta": 0.1}
+SHORT = {"hypo_kl_coef": 0.3, "hypo_kl_max_new_tokens": 5, "beta": 0.1}
 
 
 # --- Weights ----------------------------------------------------------------------------------------------------
@@ -173,9 +173,9 @@ def test_loss_and_gradient_are_dpo_plus_surrogate(estimator, lora, tiny_path, to
         tmp_path,
         **options,
         **SHORT,
-        online_kl_estimator=estimator,
-        online_kl_num_samples=3,
-        online_kl_clip=0.2,
+        hypo_kl_estimator=estimator,
+        hypo_kl_num_samples=3,
+        hypo_kl_clip=0.2,
     )
     batch = first_batch(trainer)
     (base_loss, base_gradients), (loss, gradients) = (loss_and_gradients(t, batch) for t in (base, trainer))
@@ -284,7 +284,7 @@ def test_samples_every_few_steps_and_never_in_evaluation(tiny_path, tokenizer, t
         tokenizer,
         tmp_path,
         **SHORT,
-        online_kl_every=2,
+        hypo_kl_every=2,
         max_steps=4,
         gradient_accumulation_steps=2,
         eval_dataset=pairs(1),
@@ -313,9 +313,9 @@ def test_penalty_keeps_the_policy_near_the_reference(tiny_path, tokenizer, tmp_p
             tmp_path,
             AutoModelForCausalLM.from_pretrained(tiny_path),
             dataset=dataset,
-            online_kl_coef=coef,
-            online_kl_num_samples=4,
-            online_kl_max_new_tokens=3,
+            hypo_kl_coef=coef,
+            hypo_kl_num_samples=4,
+            hypo_kl_max_new_tokens=3,
             beta=0.1,
             max_steps=30,
             per_device_train_batch_size=8,
@@ -339,14 +339,14 @@ def test_penalty_keeps_the_policy_near_the_reference(tiny_path, tokenizer, tmp_p
     ("options", "message"),
     [
         (
-            {"online_kl_num_samples": 1},
-            "`online_kl_estimator='rloo'` needs `online_kl_num_samples` of at least 2, got 1",
+            {"hypo_kl_num_samples": 1},
+            "`hypo_kl_estimator='rloo'` needs `hypo_kl_num_samples` of at least 2, got 1",
         ),
-        ({"online_kl_num_samples": 0}, "`online_kl_num_samples` must be a number in"),
-        ({"online_kl_coef": -0.1}, r"`online_kl_coef` must be a number in .* got -0.1"),
-        ({"online_kl_clip": 0.0}, "`online_kl_clip` must be a number in .* or None, got 0.0"),
-        ({"online_kl_every": 0}, "`online_kl_every` must be"),
-        ({"online_kl_estimator": "grpo"}, "`online_kl_estimator` must be one of 'rloo', 'reinforce', got 'grpo'"),
+        ({"hypo_kl_num_samples": 0}, "`hypo_kl_num_samples` must be a number in"),
+        ({"hypo_kl_coef": -0.1}, r"`hypo_kl_coef` must be a number in .* got -0.1"),
+        ({"hypo_kl_clip": 0.0}, "`hypo_kl_clip` must be a number in .* or None, got 0.0"),
+        ({"hypo_kl_every": 0}, "`hypo_kl_every` must be"),
+        ({"hypo_kl_estimator": "grpo"}, "`hypo_kl_estimator` must be one of 'rloo', 'reinforce', got 'grpo'"),
         ({"truncation_mode": "keep_end"}, "needs `truncation_mode='keep_start'`, got 'keep_end'"),
     ],
 )
@@ -357,9 +357,9 @@ def test_refuses_bad_settings(options, message, tmp_path):
 
 def test_one_sample_is_enough_without_baseline(tmp_path):
     config = HypoDPOConfig(
-        str(tmp_path), online_kl_num_samples=1, online_kl_estimator="reinforce", bf16=False, use_cpu=True
+        str(tmp_path), hypo_kl_num_samples=1, hypo_kl_estimator="reinforce", bf16=False, use_cpu=True
     )
-    assert config.online_kl_num_samples == 1
+    assert config.hypo_kl_num_samples == 1
 
 
 def test_needs_a_reference_for_the_samples(tiny_path, tokenizer, tmp_path):

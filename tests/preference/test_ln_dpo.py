@@ -28,7 +28,7 @@ def test_divisor_is_a_power_of_the_length(lengths, power):
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_loss_and_gradient_are_the_equation(power, tiny_path, tokenizer, tmp_path):
-    trainer = make_trainer(LnDPOTrainer, tiny_path, tokenizer, tmp_path, beta=3.0, length_norm_power=power)
+    trainer = make_trainer(LnDPOTrainer, tiny_path, tokenizer, tmp_path, beta=3.0, ln_dpo_length_norm_power=power)
     batch = first_batch(trainer)
     loss, gradients = loss_and_gradients(trainer, batch)
     record = trainer.statistics(trainer.model, batch)
@@ -138,13 +138,15 @@ def test_run_logs_the_normalized_margin(tiny_path, tokenizer, tmp_path):
     "name", ["ipo", "sigmoid_norm", "nca_pair", "bco_pair", "sppo_hard", "aot", "apo_zero", "apo_down"]
 )
 def test_refuses_losses_that_are_no_function_of_the_margin(name, tmp_path):
-    with pytest.raises(ValueError, match=rf"`length_norm_power=1.0` needs .*'sigmoid'.* got \['{name}'\]"):
+    with pytest.raises(ValueError, match=rf"`ln_dpo_length_norm_power=1.0` needs .*'sigmoid'.* got \['{name}'\]"):
         LnDPOConfig(str(tmp_path), loss_type=["sigmoid", name], bf16=False, use_cpu=True)
-    config = LnDPOConfig(str(tmp_path), loss_type=[name], length_norm_power=0.0, bf16=False, use_cpu=True)
+    config = LnDPOConfig(str(tmp_path), loss_type=[name], ln_dpo_length_norm_power=0.0, bf16=False, use_cpu=True)
     assert config.loss_type == [name]
 
 
-@pytest.mark.parametrize(("field", "value"), [("length_norm_power", -0.1), ("length_norm_power", 1.5), ("beta", 0.0)])
+@pytest.mark.parametrize(
+    ("field", "value"), [("ln_dpo_length_norm_power", -0.1), ("ln_dpo_length_norm_power", 1.5), ("beta", 0.0)]
+)
 def test_refuses_values_out_of_range(field, value, tmp_path):
     with pytest.raises(ValueError, match=f"`{field}` must be a number in .*got {value}"):
         LnDPOConfig(str(tmp_path), **{field: value}, bf16=False, use_cpu=True)

@@ -16,8 +16,8 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, TrainerCallback
 
 from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
+from papertrl.core.declaration import Method
 from papertrl.models.tiny import tiny_tokenizer
-from papertrl.trainers.method import Method
 from papertrl.trainers.preference.base import PreferenceConfig
 from papertrl.trainers.preference.candidates import Candidate, Group, Pair, best_against_worst, pairs_dataset
 from papertrl.trainers.preference.judging import compare
@@ -274,7 +274,7 @@ def test_a_run_that_was_killed_twice_is_the_run_that_was_not(kind, peft, kills, 
         "save_strategy": "steps",
         "save_steps": 100 if kills == (2, 4) else 1,
         "cls": compose(LnDPOTrainer, HypoDPOTrainer, RpoDPOTrainer),
-        "online_kl_max_new_tokens": 3,
+        "hypo_kl_max_new_tokens": 3,
         "max_steps": 6,
     }
 

@@ -275,7 +275,7 @@ def test_loss_family(loss_type, normalized, loss, tiny_path, tokenizer, tmp_path
 
 
 def test_raw_loss_does_not_depend_on_the_order_of_methods(tiny_path, tokenizer, tmp_path):
-    options = {"online_iterations": 0, "rso_normalized": False, "beta": 0.3, "length_norm_power": 1.0}
+    options = {"online_iterations": 0, "rso_normalized": False, "beta": 0.3, "ln_dpo_length_norm_power": 1.0}
     losses = []
     for methods in ((RsoDPOTrainer, LnDPOTrainer), (LnDPOTrainer, RsoDPOTrainer)):
         trainer = make_trainer(compose(*methods), tiny_path, tokenizer, tmp_path, **options)

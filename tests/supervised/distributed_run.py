@@ -14,8 +14,8 @@ from papertrl.models.tiny import tiny_tokenizer
 from .helpers import history, make, weights
 
 RUNS = {
-    "asft": (AsftSFTTrainer, {"anchor_coef": 0.5}),
-    "implicit_reward_sft": (ImplicitRewardSFTTrainer, {"sft_divergence_level": "sequence"}),
+    "asft": (AsftSFTTrainer, {"asft_anchor_coef": 0.5}),
+    "implicit_reward_sft": (ImplicitRewardSFTTrainer, {"implicit_divergence_level": "sequence"}),
 }
 
 

@@ -12,7 +12,7 @@ def kl(p, q):
     return sum(a * (math.log(a) - math.log(b)) for a, b in zip(p, q, strict=True) if a > 0)
 
 
-def asft_oracle(policy, reference, labels, anchor_coef, reverse, power):
+def asft_oracle(policy, reference, labels, asft_anchor_coef, reverse, power):
     """Sum of the objective over label tokens, their number, and the sum of the divergence."""
     total, count, divergence = 0.0, 0, 0.0
     for row in range(labels.shape[0]):
@@ -22,6 +22,6 @@ def asft_oracle(policy, reference, labels, anchor_coef, reverse, power):
                 continue
             p, q = softmax(policy[row, t].tolist()), softmax(reference[row, t].tolist())
             k = kl(p, q) if reverse else kl(q, p)
-            total += -(p[label] ** power) * math.log(p[label]) + anchor_coef * k
+            total += -(p[label] ** power) * math.log(p[label]) + asft_anchor_coef * k
             count, divergence = count + 1, divergence + k
     return total, count, divergence

@@ -27,7 +27,7 @@ from .helpers import (
 from .oracles import asft_oracle, softmax
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-NEUTRAL = {"anchor_coef": 0.0, "dft_weight_power": 0.0}
+NEUTRAL = {"asft_anchor_coef": 0.0, "asft_dft_weight_power": 0.0}
 
 
 def asft(tokenizer, folder, trainer_class=AsftSFTTrainer, **options):
@@ -49,28 +49,32 @@ def all_logits(model, batch):
 
 
 class TestObjective:
-    @pytest.mark.parametrize("anchor_coef", [0.0, 0.3])
+    @pytest.mark.parametrize("asft_anchor_coef", [0.0, 0.3])
     @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
     @pytest.mark.parametrize("direction", ["forward", "reverse"])
-    def test_oracle(self, anchor_coef, power, direction, tokenizer, tmp_path):
-        fields = {"anchor_coef": anchor_coef, "dft_weight_power": power, "anchor_direction": direction}
+    def test_oracle(self, asft_anchor_coef, power, direction, tokenizer, tmp_path):
+        fields = {
+            "asft_anchor_coef": asft_anchor_coef,
+            "asft_dft_weight_power": power,
+            "asft_anchor_direction": direction,
+        }
         trainer = asft(tokenizer, tmp_path, **fields)
         drift(trainer)
         batch = first_batch(trainer)
         policy = all_logits(trainer.model, batch).detach()
         reference = all_logits(tiny_llama(tokenizer), batch).detach()
         reverse = direction == "reverse"
-        total, count, divergence = asft_oracle(policy, reference, batch["labels"], anchor_coef, reverse, power)
+        total, count, divergence = asft_oracle(policy, reference, batch["labels"], asft_anchor_coef, reverse, power)
         loss, _ = loss_and_gradients(trainer, num_items_in_batch=29)
         assert loss.item() == pytest.approx(total / 29, rel=1e-4)
-        if anchor_coef:
+        if asft_anchor_coef:
             assert divergence / count > 0.05
             logged = trainer._metrics["train"]["asft/kl_to_ref"][0].item()
             assert logged == pytest.approx(divergence / count, rel=1e-3)
 
     @pytest.mark.parametrize("direction", ["forward", "reverse"])
     def test_gradient(self, direction, tokenizer, tmp_path):
-        trainer = asft(tokenizer, tmp_path, anchor_coef=0.3, anchor_direction=direction)
+        trainer = asft(tokenizer, tmp_path, asft_anchor_coef=0.3, asft_anchor_direction=direction)
         drift(trainer)
         batch = first_batch(trainer)
         _, found = loss_and_gradients(trainer, num_items_in_batch=29)
@@ -88,7 +92,7 @@ class TestObjective:
         assert_close(found, expected, rtol=1e-3, atol=1e-6)
 
     def test_is_dft_without_anchor(self, tokenizer, tmp_path):
-        ours = asft(tokenizer, tmp_path, anchor_coef=0.0)
+        ours = asft(tokenizer, tmp_path, asft_anchor_coef=0.0)
         theirs = make(SFTTrainer, SFTConfig, tokenizer, tmp_path, loss_type="dft")
         ours.train()
         theirs.train()
@@ -159,7 +163,7 @@ class TestReference:
 
     @pytest.mark.parametrize("power", [0.0, 1.0])
     def test_none_without_anchor(self, power, tokenizer, tmp_path):
-        trainer = asft(tokenizer, tmp_path, max_steps=2, anchor_coef=0.0, dft_weight_power=power)
+        trainer = asft(tokenizer, tmp_path, max_steps=2, asft_anchor_coef=0.0, asft_dft_weight_power=power)
         assert trainer.ref_model is None
         assert self.passes(trainer) == 2 * [(trainer.model, True, True)]
         assert "asft/kl_to_ref" not in history(trainer)[0]
@@ -219,15 +223,17 @@ class TestReference:
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
         with pytest.raises(ValueError, match=r"PromptTuningConfig.*'asft'"):
             asft(tokenizer, tmp_path, trainer_kwargs={"peft_config": config})
-        asft(tokenizer, tmp_path, anchor_coef=0.0, trainer_kwargs={"peft_config": config}).train()
+        asft(tokenizer, tmp_path, asft_anchor_coef=0.0, trainer_kwargs={"peft_config": config}).train()
 
 
 class TestOptions:
     @pytest.mark.parametrize("direction", ["forward", "reverse"])
     def test_padding_free_equals_padded(self, direction, tokenizer, tmp_path):
-        padded = asft(tokenizer, tmp_path, Recording, anchor_coef=0.5, anchor_direction=direction)
+        padded = asft(tokenizer, tmp_path, Recording, asft_anchor_coef=0.5, asft_anchor_direction=direction)
         flat_options = {"padding_free": True, "max_length": None}
-        flat = asft(tokenizer, tmp_path, Recording, anchor_coef=0.5, anchor_direction=direction, **flat_options)
+        flat = asft(
+            tokenizer, tmp_path, Recording, asft_anchor_coef=0.5, asft_anchor_direction=direction, **flat_options
+        )
         for trainer in (padded, flat):
             drift(trainer)
         loss, gradients = loss_and_gradients(padded)
@@ -237,8 +243,8 @@ class TestOptions:
         assert_close(flat_gradients, gradients, rtol=1e-3, atol=1e-6)
 
     def test_packing_equals_unpacked(self, tokenizer, tmp_path):
-        unpacked = asft(tokenizer, tmp_path, Recording, data=sums(4), anchor_coef=0.5)
-        packed = asft(tokenizer, tmp_path, Recording, data=sums(4), anchor_coef=0.5, packing=True, max_length=64)
+        unpacked = asft(tokenizer, tmp_path, Recording, data=sums(4), asft_anchor_coef=0.5)
+        packed = asft(tokenizer, tmp_path, Recording, data=sums(4), asft_anchor_coef=0.5, packing=True, max_length=64)
         for trainer in (unpacked, packed):
             drift(trainer)
         assert len(packed.train_dataset) == 1
@@ -248,7 +254,7 @@ class TestOptions:
         assert_close(found, gradients, rtol=1e-3, atol=1e-6)
 
     def test_accumulation_equals_one_batch(self, tokenizer, tmp_path):
-        options = {"optim": "sgd", "learning_rate": 0.5, "anchor_coef": 0.5}
+        options = {"optim": "sgd", "learning_rate": 0.5, "asft_anchor_coef": 0.5}
         whole = asft(tokenizer, tmp_path, per_device_train_batch_size=8, **options)
         split = asft(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
         whole.train()
@@ -264,7 +270,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("peft_config", [None, LORA], ids=["full", "lora"])
     def test_gradient_checkpointing(self, peft_config, tokenizer, tmp_path):
-        options = {"anchor_coef": 0.5, "trainer_kwargs": {"peft_config": peft_config}}
+        options = {"asft_anchor_coef": 0.5, "trainer_kwargs": {"peft_config": peft_config}}
         plain = asft(tokenizer, tmp_path, **options)
         checkpointed = asft(tokenizer, tmp_path, gradient_checkpointing=True, **options)
         plain.train()
@@ -302,7 +308,7 @@ class TestOptions:
     @pytest.mark.parametrize("model", ["full", "lora", "given_adapter"])
     def test_resume(self, model, tokenizer, tmp_path):
         def trainer():
-            options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "anchor_coef": 0.5}
+            options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 3, "asft_anchor_coef": 0.5}
             if model == "given_adapter":
                 options["model"] = get_peft_model(tiny_llama(tokenizer), LORA)
             elif model == "lora":
@@ -337,12 +343,12 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("field", "value"),
         [
-            ("anchor_coef", -0.1),
-            ("anchor_coef", math.inf),
-            ("anchor_coef", math.nan),
-            ("anchor_direction", "both"),
-            ("dft_weight_power", -1.0),
-            ("dft_weight_power", None),
+            ("asft_anchor_coef", -0.1),
+            ("asft_anchor_coef", math.inf),
+            ("asft_anchor_coef", math.nan),
+            ("asft_anchor_direction", "both"),
+            ("asft_dft_weight_power", -1.0),
+            ("asft_dft_weight_power", None),
         ],
     )
     def test_bad_value(self, field, value, tmp_path):
@@ -350,16 +356,16 @@ class TestConfig:
             AsftSFTConfig(output_dir=str(tmp_path), use_cpu=True, **{field: value})
 
     def test_double_weight(self, tmp_path):
-        with pytest.raises(ValueError, match=r"`loss_type='dft'` and `dft_weight_power=1\.0`"):
+        with pytest.raises(ValueError, match=r"`loss_type='dft'` and `asft_dft_weight_power=1\.0`"):
             AsftSFTConfig(output_dir=str(tmp_path), use_cpu=True, loss_type="dft")
 
     def test_defaults_are_the_authors(self, tmp_path):
         args = AsftSFTConfig(output_dir=str(tmp_path), use_cpu=True)
-        assert (args.anchor_coef, args.anchor_direction, args.dft_weight_power) == (0.1, "forward", 1.0)
+        assert (args.asft_anchor_coef, args.asft_anchor_direction, args.asft_dft_weight_power) == (0.1, "forward", 1.0)
         assert args.learning_rate == 2e-5
 
     def test_recipe(self, tmp_path):
         recipe = yaml.safe_load((resources.files("papertrl.recipes") / "asft.yaml").read_text())
         assert recipe.pop("method") == "asft"
         args = AsftSFTConfig(**(recipe | {"output_dir": str(tmp_path), "use_cpu": True}))
-        assert (args.anchor_coef, args.anchor_direction, args.dft_weight_power) == (0.1, "forward", 1.0)
+        assert (args.asft_anchor_coef, args.asft_anchor_direction, args.asft_dft_weight_power) == (0.1, "forward", 1.0)

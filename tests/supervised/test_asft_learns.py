@@ -59,7 +59,7 @@ def demonstrations():
 
 
 def test_anchor_keeps_what_the_model_knew(base, demonstrations, tokenizer, tmp_path):
-    def fine_tune(anchor_coef, dft_weight_power):
+    def fine_tune(asft_anchor_coef, asft_dft_weight_power):
         trainer = make(
             AsftSFTTrainer,
             AsftSFTConfig,
@@ -67,8 +67,8 @@ def test_anchor_keeps_what_the_model_knew(base, demonstrations, tokenizer, tmp_p
             tmp_path,
             model=copy.deepcopy(base),
             data=demonstrations,
-            anchor_coef=anchor_coef,
-            dft_weight_power=dft_weight_power,
+            asft_anchor_coef=asft_anchor_coef,
+            asft_dft_weight_power=asft_dft_weight_power,
             max_steps=120,
             learning_rate=5e-4,
             lr_scheduler_type="constant",

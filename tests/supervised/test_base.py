@@ -5,8 +5,8 @@ from transformers import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from papertrl import AsftSFTConfig, AsftSFTTrainer, SupervisedConfig, SupervisedTrainer, compose
+from papertrl.core.declaration import Method
 from papertrl.losses.terms import LossTerm
-from papertrl.trainers.method import Method
 from papertrl.trainers.supervised.record import SupervisedRecord
 
 from .helpers import (
@@ -167,13 +167,13 @@ class TestStages:
     def test_methods_combine(self, tokenizer, tmp_path):
         both = compose(AsftSFTTrainer, HalvedTrainer)
         assert issubclass(both.config_class, AsftSFTConfig)
-        trainer = make(both, both.config_class, tokenizer, tmp_path, anchor_coef=0.5)
+        trainer = make(both, both.config_class, tokenizer, tmp_path, asft_anchor_coef=0.5)
         trainer.train()
         assert {"loss/token", "loss/anchor", "loss/likely", "asft/kl_to_ref"} <= history(trainer)[0].keys()
 
-        alone = make(AsftSFTTrainer, AsftSFTConfig, tokenizer, tmp_path, anchor_coef=0.5)
+        alone = make(AsftSFTTrainer, AsftSFTConfig, tokenizer, tmp_path, asft_anchor_coef=0.5)
         reversed_ = compose(HalvedTrainer, AsftSFTTrainer)
-        again = make(reversed_, reversed_.config_class, tokenizer, tmp_path, anchor_coef=0.5)
+        again = make(reversed_, reversed_.config_class, tokenizer, tmp_path, asft_anchor_coef=0.5)
         again.train()
         alone.train()
         assert_close(weights(again), weights(trainer), rtol=1e-4, atol=1e-5)
@@ -225,12 +225,12 @@ class TestConstruction:
         args = SFTConfig(output_dir=str(tmp_path), **(QUIET | {"seed": 7}))
         trainer = AsftSFTTrainer(tiny_llama(tokenizer), args, None, sums(), processing_class=tokenizer)
         assert isinstance(trainer.args, AsftSFTConfig)
-        assert (trainer.args.seed, trainer.args.anchor_coef, trainer.args.dft_weight_power) == (7, 0.1, 1.0)
+        assert (trainer.args.seed, trainer.args.asft_anchor_coef, trainer.args.asft_dft_weight_power) == (7, 0.1, 1.0)
 
     def test_adopts_training_arguments(self, tokenizer, tmp_path):
         args = TrainingArguments(output_dir=str(tmp_path), max_steps=2, use_cpu=True, report_to="none", hub_token="t")
         trainer = AsftSFTTrainer(tiny_llama(tokenizer), args, train_dataset=sums(), processing_class=tokenizer)
-        assert (trainer.args.max_steps, trainer.args.hub_token, trainer.args.anchor_coef) == (2, "t", 0.1)
+        assert (trainer.args.max_steps, trainer.args.hub_token, trainer.args.asft_anchor_coef) == (2, "t", 0.1)
 
     def test_default_config(self, tiny_path, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -248,13 +248,13 @@ class TestConstruction:
         [
             ({"label_smoothing_factor": 0.1}, {}, "label_smoothing_factor.*'asft'"),
             ({}, {"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0.0}, "compute_loss_func.*'asft'"),
-            ({"loss_type": "dft", "dft_weight_power": 0.0}, {}, "loss_type='dft'.*'asft'"),
+            ({"loss_type": "dft", "asft_dft_weight_power": 0.0}, {}, "loss_type='dft'.*'asft'"),
         ],
     )
     def test_options_outside_the_stages(self, fields, trainer_kwargs, message, tokenizer, tmp_path):
         with pytest.raises(ValueError, match=message):
             make(AsftSFTTrainer, AsftSFTConfig, tokenizer, tmp_path, trainer_kwargs=trainer_kwargs, **fields)
-        neutral = fields | {"anchor_coef": 0.0, "dft_weight_power": 0.0}
+        neutral = fields | {"asft_anchor_coef": 0.0, "asft_dft_weight_power": 0.0}
         make(AsftSFTTrainer, AsftSFTConfig, tokenizer, tmp_path, trainer_kwargs=trainer_kwargs, **neutral)
 
     def test_batch_has_what_the_base_reads(self, tokenizer, tmp_path):

@@ -125,10 +125,10 @@ def test_loss_and_gradient_are_the_formula(divergence, level, tokenizer, tmp_pat
     trainer = tuned(
         tokenizer,
         tmp_path,
-        sft_divergence=divergence,
-        sft_divergence_level=level,
-        sft_beta=0.3,
-        sft_scale_by_beta=scaled,
+        implicit_divergence=divergence,
+        implicit_divergence_level=level,
+        implicit_beta=0.3,
+        implicit_scale_by_beta=scaled,
     )
     drift(trainer)
     batch = first_batch(trainer)
@@ -157,7 +157,7 @@ def test_loss_and_gradient_are_the_formula(divergence, level, tokenizer, tmp_pat
 
 @pytest.mark.parametrize("beta", [0.5, 3.0])
 def test_tv_has_the_gradient_of_sft_times_beta(beta, tokenizer, tmp_path):
-    trainer = tuned(tokenizer, tmp_path, sft_divergence="tv", sft_scale_by_beta=False, sft_beta=beta)
+    trainer = tuned(tokenizer, tmp_path, implicit_divergence="tv", implicit_scale_by_beta=False, implicit_beta=beta)
     theirs = make(SFTTrainer, SFTConfig, tokenizer, tmp_path)
     for each in (trainer, theirs):
         drift(each)
@@ -168,7 +168,7 @@ def test_tv_has_the_gradient_of_sft_times_beta(beta, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("divergence", ["pearson_chi2", "squared_hellinger", "jensen_shannon", "reverse_kl"])
 def test_starts_with_the_gradient_of_sft(divergence, tokenizer, tmp_path):
-    trainer = tuned(tokenizer, tmp_path, sft_divergence=divergence, sft_beta=0.7)
+    trainer = tuned(tokenizer, tmp_path, implicit_divergence=divergence, implicit_beta=0.7)
     _, found = loss_and_gradients(trainer)
     _, gradients = loss_and_gradients(make(SFTTrainer, SFTConfig, tokenizer, tmp_path))
     factor = math.exp(-1) if divergence == "reverse_kl" else 1.0
@@ -177,7 +177,7 @@ def test_starts_with_the_gradient_of_sft(divergence, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_padding_cannot_leak_and_no_labels_is_zero(level, tokenizer, tmp_path):
-    trainer = tuned(tokenizer, tmp_path, sft_divergence_level=level)
+    trainer = tuned(tokenizer, tmp_path, implicit_divergence_level=level)
     drift(trainer)
     batch = first_batch(trainer)
     padded = batch["attention_mask"] == 0
@@ -193,7 +193,7 @@ def test_padding_cannot_leak_and_no_labels_is_zero(level, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("level", ["token", "sequence"])
 def test_accumulation_equals_one_batch(level, tokenizer, tmp_path):
-    options = {"optim": "sgd", "learning_rate": 0.5, "sft_divergence_level": level}
+    options = {"optim": "sgd", "learning_rate": 0.5, "implicit_divergence_level": level}
     whole = tuned(tokenizer, tmp_path, per_device_train_batch_size=8, **options)
     split = tuned(tokenizer, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **options)
     start = weights(whole)
@@ -207,7 +207,7 @@ def test_accumulation_equals_one_batch(level, tokenizer, tmp_path):
 def test_sequences_in_one_row_equal_padded_ones(options, tokenizer, tmp_path):
     fields = {
         "data": sums(4),
-        "sft_divergence_level": "sequence",
+        "implicit_divergence_level": "sequence",
         "optim": "sgd",
         "learning_rate": 0.5,
         "max_steps": 2,
@@ -225,7 +225,7 @@ def test_evaluation_is_the_mean_over_its_own_examples(tokenizer, tmp_path):
     trainer = tuned(
         tokenizer,
         tmp_path,
-        sft_divergence_level="sequence",
+        implicit_divergence_level="sequence",
         trainer_kwargs={"eval_dataset": sums(4)},
         per_device_eval_batch_size=4,
     )
@@ -254,7 +254,9 @@ def test_neutral_makes_no_reference_pass(tokenizer, tmp_path):
 
 def test_asft_s_weight_weighs_each_label_of_a_sequence(tokenizer, tmp_path):
     both = compose(ImplicitRewardSFTTrainer, AsftSFTTrainer)
-    trainer = tuned(tokenizer, tmp_path, both, sft_divergence_level="sequence", sft_beta=0.3, anchor_coef=0.0)
+    trainer = tuned(
+        tokenizer, tmp_path, both, implicit_divergence_level="sequence", implicit_beta=0.3, asft_anchor_coef=0.0
+    )
     drift(trainer)
     batch = first_batch(trainer)
     labels = int((batch["labels"][:, 1:] != -100).sum())
@@ -282,10 +284,10 @@ def test_stays_closer_to_the_initial_model_than_sft(tokenizer, tmp_path):
         trainer = tuned(
             tokenizer,
             tmp_path,
-            sft_divergence=divergence,
-            sft_scale_by_beta=True,
-            sft_divergence_level="sequence",
-            sft_beta=0.5,
+            implicit_divergence=divergence,
+            implicit_scale_by_beta=True,
+            implicit_divergence_level="sequence",
+            implicit_beta=0.5,
             max_steps=60,
         )
         trainer.train()
@@ -302,7 +304,12 @@ def test_stays_closer_to_the_initial_model_than_sft(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("sft_divergence", "forward_kl"), ("sft_divergence_level", "row"), ("sft_beta", 0.0), ("sft_beta", math.nan)],
+    [
+        ("implicit_divergence", "forward_kl"),
+        ("implicit_divergence_level", "row"),
+        ("implicit_beta", 0.0),
+        ("implicit_beta", math.nan),
+    ],
 )
 def test_bad_value(field, value, tmp_path):
     with pytest.raises(ValueError, match=f"`{field}` must be .*got {value!r}"):
@@ -311,14 +318,14 @@ def test_bad_value(field, value, tmp_path):
 
 def test_refuses_sequences_without_boundaries(tmp_path):
     options = {"output_dir": str(tmp_path), "use_cpu": True, "packing": True, "packing_strategy": "wrapped"}
-    with pytest.raises(ValueError, match="`sft_divergence_level='sequence'` needs to know where sequences end"):
-        ImplicitRewardSFTConfig(**options, sft_divergence_level="sequence")
+    with pytest.raises(ValueError, match="`implicit_divergence_level='sequence'` needs to know where sequences end"):
+        ImplicitRewardSFTConfig(**options, implicit_divergence_level="sequence")
     ImplicitRewardSFTConfig(**options)
 
 
 def test_beta_depends_on_the_level(tmp_path):
     options = {"output_dir": str(tmp_path), "use_cpu": True}
     assert ImplicitRewardSFTConfig(**options).implicit_reward_beta == 1.0
-    assert ImplicitRewardSFTConfig(**options, sft_divergence_level="sequence").implicit_reward_beta == 0.1
-    assert ImplicitRewardSFTConfig(**options, sft_beta=0.7).implicit_reward_beta == 0.7
+    assert ImplicitRewardSFTConfig(**options, implicit_divergence_level="sequence").implicit_reward_beta == 0.1
+    assert ImplicitRewardSFTConfig(**options, implicit_beta=0.7).implicit_reward_beta == 0.7
     assert ImplicitRewardSFTConfig(**options).learning_rate == 5e-6

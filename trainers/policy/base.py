@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 
 from ...core.configuration import MethodConfigMixin, method_config, method_field
+from ...core.family import POLICY
 from ...losses.policy.groups import by_group, group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
 from .record import RolloutRecord, ScoredBatch
@@ -112,65 +113,77 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
     as it comes.
     """
 
-    family = "policy"
-    trl_suffix = "GRPOTrainer"
-    stages = (
-        "choose_prompts",
-        "rollout",
-        "score",
-        "repair",
-        "demonstrate",
-        "filter_groups",
-        "statistics",
-        "combine_rewards",
-        "baseline",
-        "scale",
-        "advantages",
-        "spread",
-        "select",
-        "prepare_objective",
-        "feedback",
-        "trust_region",
-        "objective",
-        "divergence",
-        "extra_terms",
-        "after_backward",
-        "before_update",
-    )
+    family = POLICY
+    stages = {
+        "columns": ("needed_columns",),
+        "reference": ("needs_reference",),
+        "choose_prompts": ("choose_prompts",),
+        "rollout": ("rollout", "logits_processors"),
+        "score": ("score",),
+        "repair": ("groups_to_repair", "repair"),
+        "demonstrate": ("demonstrate",),
+        "filter_groups": ("filter_groups", "refill_rounds"),
+        "statistics": ("old_pass_needs", "collect_statistics"),
+        "combine_rewards": ("combine_rewards",),
+        "baseline": ("baseline",),
+        "scale": ("scale",),
+        "advantages": ("advantages",),
+        "spread": ("spread",),
+        "select": ("select",),
+        "contribute": ("contributing_rows",),
+        "prepare_objective": ("prepare_objective",),
+        "feedback": ("observe_batch", "observe_evaluation"),
+        "trust_region": ("trust_region",),
+        "objective": ("objective",),
+        "divergence": ("divergence",),
+        "extra_terms": ("extra_terms",),
+        "after_backward": ("after_backward",),
+        "before_update": ("before_update",),
+    }
     config_class = PolicyConfig
     _tag_names = ["trl", "papertrl", "grpo"]
 
-    def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
-        args = self.make_config(args, model)
-        train_dataset = trl_args[0] if trl_args else trl_kwargs.get("train_dataset")
-        self.check_columns(train_dataset, args)
-        drawing = self.prompt_drawing_methods(args)
+    def __init__(self, model, reward_funcs=None, args=None, *trl_args, stages=None, **trl_kwargs):
+        given = self.trl_arguments(GRPOTrainer, model, reward_funcs, args, *trl_args, stages=stages, **trl_kwargs)
+        args, train_dataset = given["args"], given.get("train_dataset")
+        drawing = self._drawing_prompts(args)
         if drawing and train_dataset is not None and not isinstance(train_dataset, Dataset):
             raise ValueError(
                 f"Methods {drawing} choose or refill prompts and need a map-style `train_dataset`, got "
                 f"`{type(train_dataset).__name__}`. Load the dataset without streaming."
             )
-        if drawing and trl_kwargs.get("environment_factory") is not None:
+        if drawing and given.get("environment_factory") is not None:
             raise ValueError(
                 f"Methods {drawing} choose or refill prompts, which `environment_factory` does not support: an "
                 "environment owns its prompts. Leave one of the two out."
             )
-        replacing = self.row_replacing_methods(args)
+        replacing = self._replacing_rows(args)
         for option in ("environment_factory", "tools"):
-            if replacing and trl_kwargs.get(option):
+            if replacing and given.get(option):
                 raise ValueError(
                     f"Methods {replacing} put rows of their own into groups, which `{option}` does not support: such "
                     "rows have no turns with tools. Leave one of the two out."
                 )
         self._reference_only = args.beta == 0.0 and self.needs_reference(args)
         with self._reference_on(args):
-            super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+            super().__init__(**given)
         self.beta = args.beta
         self._set_up_scoring()
         self._set_up_batching()
         if (drawing or replacing) and self._is_vlm:
             names = [*drawing, *replacing]
             raise ValueError(f"Methods {names} support text models only, got a vision-language model.")
+        self.attach_slots()
+
+    def _drawing_prompts(self, args: Any) -> list[str]:
+        """Names of the methods that choose or refill prompts."""
+        chooser = self.slots.prompts()
+        return [*([chooser.method.name] if chooser else []), *self.names_acting("filter_groups", args)]
+
+    def _replacing_rows(self, args: Any) -> list[str]:
+        """Names of the methods that put rows of their own making into groups."""
+        found = [*self.deciding("rollout", args), *self.acting("repair", args), *self.acting("demonstrate", args)]
+        return list(dict.fromkeys(owner.method.name for owner in found))
 
     @classmethod
     def needs_reference(cls, args: Any) -> bool:
@@ -201,6 +214,8 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         What the advantage stages need per row goes, gathered from all ranks, into `scored.statistics`. Advantages are
         not known yet.
         """
+        for component in self.slots:
+            component.see_rollouts(record, scored, old_pass)
 
     def combine_rewards(self, scored: ScoredBatch) -> torch.Tensor:
         """Stage *combine rewards*: one reward per row `(rows,)`, NaN on rows that no source scored."""
@@ -257,24 +272,14 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
 
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         """Stage *feedback*: update state from a finished batch; from values that are the same on every rank."""
+        for component in self.slots:
+            component.observe(scored, record)
 
     def observe_evaluation(self, metrics: dict[str, float]) -> None:
         """Stage *feedback*: update state from the metrics of an evaluation during training, the same on every rank."""
 
-    def after_backward(self) -> None:
-        """Stage *after backward*: the gradient of one more micro-batch of this rank has been added."""
-
-    def before_update(self, grad_norm: torch.Tensor) -> None:
-        """
-        Stage *before update*: the gradient is complete and clipped; learning rates and gradients may be changed.
-
-        The scheduler sets learning rates anew after the step. Parameters whose `grad` is `None` are left alone by the
-        optimizer, its state included.
-
-        Args:
-            grad_norm (`torch.Tensor` or `float`):
-                Norm before clipping.
-        """
+    def choosing_itself(self) -> bool:
+        return True
 
     # --- Services for stages ------------------------------------------------------------------------------------
 
@@ -353,17 +358,6 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         return record.as_batch()
 
     # --- Updates ------------------------------------------------------------------------------------------------
-
-    def training_step(self, *args, **kwargs):
-        loss = super().training_step(*args, **kwargs)
-        self.after_backward()
-        return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        # Called once per update, between clipping and the optimizer's step
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        self.before_update(grad_norm)
-        return grad_norm
 
     def _evaluate(self, *args, **kwargs):
         metrics = super()._evaluate(*args, **kwargs)

@@ -27,6 +27,8 @@ class PolicyBatching(PolicyScoring):
         With a divergence to the reference every row counts. A method whose terms act on rows of zero advantage
         extends this.
         """
+        if any(component.computes_all_rows() for component in self.slots):
+            return torch.ones_like(record.row_weight, dtype=torch.bool)
         live = (record.row_weight > 0) & record.loss_mask.any(1)
         if self.beta != 0.0:
             return live

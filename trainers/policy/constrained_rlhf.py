@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.constrained_rlhf import (
     ProxyPointSearch,
     constraint_weights,
@@ -17,7 +18,6 @@ from ...losses.policy.constrained_rlhf import (
     update_multipliers,
     within,
 )
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .record import RolloutRecord, ScoredBatch
 from .scoring import OldPass
@@ -45,49 +45,70 @@ class ConstrainedRlhfGRPOConfig(PolicyConfig):
         "`inequality` (μ) from below.",
         choices=("equality", "inequality"),
     )
-    lagrange_squash: bool = method_field(
+    constraint_lagrange_squash: bool = method_field(
         True,
         "Whether weights are tanh (`equality`) or sigmoid (`inequality`) of the multipliers, or these themselves.",
+        was="lagrange_squash",
     )
-    lagrange_lr: float = method_field(0.1, "Step size of the multipliers.", gt=0)
-    lagrange_momentum: float = method_field(0.1, "Momentum of the multipliers.", ge=0, lt=1)
-    lagrange_init: float | None = method_field(
+    constraint_lagrange_lr: float = method_field(0.1, "Step size of the multipliers.", gt=0, was="lagrange_lr")
+    constraint_lagrange_momentum: float = method_field(
+        0.1, "Momentum of the multipliers.", ge=0, lt=1, was="lagrange_momentum"
+    )
+    constraint_lagrange_init: float | None = method_field(
         None,
-        "Multipliers at the start. `None` is 0, or 0.5 without `lagrange_squash`; the released code draws the former "
+        "Multipliers at the start. `None` is 0, or 0.5 without `constraint_lagrange_squash`; the released code draws the former "
         "from N(0, 0.01).",
         gt=-math.inf,
+        was="lagrange_init",
     )
-    lagrange_max_grad_norm: float = method_field(0.5, "Largest gradient norm of the multipliers.", gt=0)
-    lagrange_fixed: bool = method_field(False, "Whether the multipliers stay as they are at the start.")
-    proxy_search_metric: str | None = method_field(
+    constraint_lagrange_max_grad_norm: float = method_field(
+        0.5, "Largest gradient norm of the multipliers.", gt=0, was="lagrange_max_grad_norm"
+    )
+    constraint_lagrange_fixed: bool = method_field(
+        False, "Whether the multipliers stay as they are at the start.", was="lagrange_fixed"
+    )
+    constraint_proxy_search_metric: str | None = method_field(
         None,
         "Metric of evaluations, higher being better, for which thresholds are searched during the run, such as "
         "`eval_rewards/<name>/mean`. `None` keeps the thresholds.",
+        was="proxy_search_metric",
     )
-    proxy_search_steps: dict[str, float] | str | None = method_field(
-        None, "First simplex of the search: by how much one vertex moves each threshold, by name."
+    constraint_proxy_search_steps: dict[str, float] | str | None = method_field(
+        None,
+        "First simplex of the search: by how much one vertex moves each threshold, by name.",
+        was="proxy_search_steps",
     )
-    proxy_search_budget: float = method_field(
+    constraint_proxy_search_budget: float = method_field(
         0.1,
         "Share of the run after which thresholds are evaluated though the rewards have not reached them.",
         gt=0,
         le=1,
+        was="proxy_search_budget",
     )
-    proxy_search_band: float = method_field(
-        0.05, "Share of a threshold within which the reward of an evaluation has reached it.", gt=0, lt=1
+    constraint_proxy_search_band: float = method_field(
+        0.05,
+        "Share of a threshold within which the reward of an evaluation has reached it.",
+        gt=0,
+        lt=1,
+        was="proxy_search_band",
     )
-    proxy_search_alpha: float = method_field(1.0, "Reflection of the search by Nelder and Mead.", gt=0)
-    proxy_search_gamma: float = method_field(2.0, "Expansion.", gt=1)
-    proxy_search_rho: float = method_field(0.5, "Contraction.", gt=0, lt=1)
-    proxy_search_sigma: float = method_field(0.5, "Shrinkage.", gt=0, lt=1)
-    proxy_search_tolerance: float = method_field(
-        0.01, "Standard deviation of the metric over the simplex below which the search is over.", gt=0
+    constraint_proxy_search_alpha: float = method_field(
+        1.0, "Reflection of the search by Nelder and Mead.", gt=0, was="proxy_search_alpha"
+    )
+    constraint_proxy_search_gamma: float = method_field(2.0, "Expansion.", gt=1, was="proxy_search_gamma")
+    constraint_proxy_search_rho: float = method_field(0.5, "Contraction.", gt=0, lt=1, was="proxy_search_rho")
+    constraint_proxy_search_sigma: float = method_field(0.5, "Shrinkage.", gt=0, lt=1, was="proxy_search_sigma")
+    constraint_proxy_search_tolerance: float = method_field(
+        0.01,
+        "Standard deviation of the metric over the simplex below which the search is over.",
+        gt=0,
+        was="proxy_search_tolerance",
     )
     scale_rewards: str = method_field("none", "What divides the centered rewards of a source; see TRL's.")
 
     def validate(self):
         super().validate()
-        for name in ("constraint_thresholds", "proxy_search_steps"):
+        for name in ("constraint_thresholds", "constraint_proxy_search_steps"):
             setattr(self, name, _numbers_by_name(name, getattr(self, name)))
         if self.constraint_thresholds is not None and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
@@ -95,17 +116,19 @@ class ConstrainedRlhfGRPOConfig(PolicyConfig):
                 f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Change it, or leave out "
                 "`constraint_thresholds`."
             )
-        if self.proxy_search_metric is None:
+        if self.constraint_proxy_search_metric is None:
             return
-        names, moved = (sorted(value or {}) for value in (self.constraint_thresholds, self.proxy_search_steps))
-        if not names or names != moved or not all(self.proxy_search_steps.values()):
+        names, moved = (
+            sorted(value or {}) for value in (self.constraint_thresholds, self.constraint_proxy_search_steps)
+        )
+        if not names or names != moved or not all(self.constraint_proxy_search_steps.values()):
             raise ValueError(
-                "`proxy_search_metric` needs `proxy_search_steps` other than 0 for all of `constraint_thresholds`, "
-                f"got {self.proxy_search_steps} for {self.constraint_thresholds}."
+                "`constraint_proxy_search_metric` needs `constraint_proxy_search_steps` other than 0 for all of `constraint_thresholds`, "
+                f"got {self.constraint_proxy_search_steps} for {self.constraint_thresholds}."
             )
         if self.eval_strategy == "no":
             raise ValueError(
-                f"`proxy_search_metric` {self.proxy_search_metric!r} comes from evaluations, but `eval_strategy` is "
+                f"`constraint_proxy_search_metric` {self.constraint_proxy_search_metric!r} comes from evaluations, but `eval_strategy` is "
                 "'no'. Set it to 'steps', with `eval_steps`."
             )
 
@@ -145,7 +168,7 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
     reason A_0 pulls back with the same force at any distance, and rewards may swing around their thresholds; a small
     `beta`, whose pull grows with the distance, damps that. It comes on top of A_0 if it is set.
 
-    With `proxy_search_metric`, the thresholds themselves are searched for in the same run (Nelder and Mead): each
+    With `constraint_proxy_search_metric`, the thresholds themselves are searched for in the same run (Nelder and Mead): each
     vertex is held until the rewards of an evaluation have reached it or its budget is used up, and then judged by the
     metric. Policy and multipliers go on from where they are. At the end of the search the best thresholds stay. A
     trusted score among the reward functions needs weight 0 in `reward_weights`.
@@ -169,27 +192,10 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="constrained_rlhf",
-        summary="Holds several rewards at thresholds by learned weights, near the reference",
-        extends=("statistics", "feedback"),
-        replaces={
-            "combine_rewards": {"constraint_thresholds": None},
-            "advantages": {"constraint_thresholds": None},
-        },
-        neutral={"constraint_thresholds": None},
-        signal="constrained_rlhf/weight_change",
-    )
+    method = declared("constrained_rlhf")
+    extends = {"reference": {}, "statistics": {}, "feedback": {}}
+    replaces = {"combine_rewards": {"constraint_thresholds": None}, "advantages": {"constraint_thresholds": None}}
     config_class = ConstrainedRlhfGRPOConfig
-    _name = "Constrained RLHF"
-    _tag_names = ["trl", "papertrl", "grpo", "constrained-rlhf"]
-    _paper = {
-        "title": "Confronting Reward Model Overoptimization with Constrained RLHF",
-        "id": "2310.04373",
-        "citation": "@inproceedings{constrainedrlhf2024,\n    title     = {{Confronting Reward Model Overoptimization "
-        "with Constrained RLHF}},\n    booktitle = {ICLR},\n    year      = 2024,\n    "
-        "eprint    = {arXiv:2310.04373}\n}",
-    }
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
@@ -200,15 +206,15 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
                 f"`constraint_thresholds` names {unknown}, but the reward functions are {self.reward_func_names}."
             )
         self._columns = [self.reward_func_names.index(name) for name in self._constrained]
-        start = self.args.lagrange_init
+        start = self.args.constraint_lagrange_init
         if start is None:
-            start = 0.0 if self.args.lagrange_squash else 0.5
+            start = 0.0 if self.args.constraint_lagrange_squash else 0.5
         self._multipliers = torch.full((len(self._columns),), float(start), device=self.accelerator.device)
         self._velocity = torch.zeros_like(self._multipliers)
         self._set_thresholds(list((self.args.constraint_thresholds or {}).values()))
         self._search: ProxyPointSearch | None = None
         self._search_since = 0
-        if self.args.proxy_search_metric is not None:
+        if self.args.constraint_proxy_search_metric is not None:
             self._search = self._make_search()
 
     @classmethod
@@ -257,18 +263,18 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
             self.log_metric(f"constrained_rlhf/{name}/violation", violations[i])
         self.log_metric("constrained_rlhf/kl_weight", len(weights) - weights.sum())
         self.log_metric("constrained_rlhf/kl_reward", scored.statistics["constrained_rlhf/kl_reward"].mean())
-        met = within(returns, self._thresholds, self.args.proxy_search_band)
+        met = within(returns, self._thresholds, self.args.constraint_proxy_search_band)
         self.log_metric("constrained_rlhf/satisfied", met.float().mean())
-        if not self.args.lagrange_fixed:
+        if not self.args.constraint_lagrange_fixed:
             self._multipliers, self._velocity = update_multipliers(
                 self._multipliers,
                 self._velocity,
                 violations,
                 self.args.constraint_mode,
-                self.args.lagrange_squash,
-                self.args.lagrange_lr,
-                self.args.lagrange_momentum,
-                self.args.lagrange_max_grad_norm,
+                self.args.constraint_lagrange_squash,
+                self.args.constraint_lagrange_lr,
+                self.args.constraint_lagrange_momentum,
+                self.args.constraint_lagrange_max_grad_norm,
             )
         self.log_metric("constrained_rlhf/weight_change", (self._constraint_weights() - weights).abs().mean())
         if self._search is not None and self._search.evaluations:
@@ -280,19 +286,20 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
         if self._search is None or (point := self._search.propose()) is None:
             return
         names = [f"eval_rewards/{name}/mean" for name in self._constrained]
-        missing = [name for name in (*names, self.args.proxy_search_metric) if metrics.get(name) is None]
+        missing = [name for name in (*names, self.args.constraint_proxy_search_metric) if metrics.get(name) is None]
         if missing:
             raise ValueError(
-                f"`proxy_search_metric` needs {missing} of an evaluation, but its metrics are {sorted(metrics)}."
+                f"`constraint_proxy_search_metric` needs {missing} of an evaluation, but its metrics are {sorted(metrics)}."
             )
         returns = self._thresholds.new_tensor([metrics[name] for name in names])
-        met = bool(within(returns, self._thresholds, self.args.proxy_search_band).all())
+        met = bool(within(returns, self._thresholds, self.args.constraint_proxy_search_band).all())
         if (
             not met
-            and self.state.global_step - self._search_since < self.args.proxy_search_budget * self.state.max_steps
+            and self.state.global_step - self._search_since
+            < self.args.constraint_proxy_search_budget * self.state.max_steps
         ):
             return
-        self._search.tell(point, metrics[self.args.proxy_search_metric])
+        self._search.tell(point, metrics[self.args.constraint_proxy_search_metric])
         self._search_since = self.state.global_step
         self._set_thresholds(self._search.propose() or self._search.best()[0])
 
@@ -323,7 +330,7 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
             self._search.evaluations = [(point, score) for point, score in saved["evaluations"]]
 
     def _constraint_weights(self) -> torch.Tensor:
-        return constraint_weights(self._multipliers, self.args.constraint_mode, self.args.lagrange_squash)
+        return constraint_weights(self._multipliers, self.args.constraint_mode, self.args.constraint_lagrange_squash)
 
     def _set_thresholds(self, values: list[float]) -> None:
         self._thresholds = torch.tensor(values, dtype=torch.float32, device=self.accelerator.device)
@@ -332,6 +339,6 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
         first = list(self.args.constraint_thresholds.values())
         simplex = [first]
         for i, name in enumerate(self._constrained):
-            simplex.append([*first[:i], first[i] + self.args.proxy_search_steps[name], *first[i + 1 :]])
+            simplex.append([*first[:i], first[i] + self.args.constraint_proxy_search_steps[name], *first[i + 1 :]])
         coefficients = {name: getattr(self.args, f"proxy_search_{name}") for name in _COEFFICIENTS}
         return ProxyPointSearch(simplex, coefficients)

@@ -3,6 +3,7 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.d3s import (
     largest_share,
     linear_schedule,
@@ -11,7 +12,6 @@ from ...losses.policy.d3s import (
     select_tokens,
     token_scores,
 )
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .record import RolloutRecord, ScoredBatch
@@ -88,28 +88,9 @@ class D3sGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="d3s",
-        summary="Trains on the rollouts with the most varied advantages and on their key tokens",
-        extends=("statistics", "select"),
-        neutral={
-            "d3s_sample_ratio_start": 1.0,
-            "d3s_sample_ratio_end": 1.0,
-            "d3s_token_ratio_start": 1.0,
-            "d3s_token_ratio_end": 1.0,
-        },
-        signal="d3s/dropped_rollouts",
-    )
+    method = declared("d3s")
+    extends = {"statistics": {}, "select": {}}
     config_class = D3sGRPOConfig
-    _name = "D3S"
-    _tag_names = ["trl", "papertrl", "grpo", "d3s"]
-    _paper = {
-        "title": "Learning More with Less: A Dynamic Dual-Level Down-Sampling Framework for Efficient Policy "
-        "Optimization",
-        "id": "2509.22115",
-        "citation": "@article{d3s2025,\n    title   = {{Learning More with Less: A Dynamic Dual-Level Down-Sampling "
-        "Framework for Efficient Policy Optimization}},\n    year    = 2025,\n    eprint  = {arXiv:2509.22115}\n}",
-    }
 
     def old_pass_needs(self):
         needs = super().old_pass_needs()

@@ -14,12 +14,12 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.deepsearch import node_advantages, spread_nodes
 from ...losses.policy.groups import weighted_sum
 from ...samplers.trees.dump import tree_as_dict
 from ...samplers.trees.search import grow
 from ...samplers.trees.tree import Rules, Tree, completion, entropy, path
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .record import Generation, RolloutRecord, ScoredBatch, Source
@@ -88,13 +88,14 @@ class DeepsearchGRPOConfig(PolicyConfig):
         "deviation, or values as they are.",
         choices=("sibling_mean", "sibling_mean_std", "none"),
     )
-    replay_accuracy_max: float | None = method_field(
+    tree_replay_accuracy_max: float | None = method_field(
         0.25,
         "Prompts of which some trajectories were right, but no larger a share than this, are not searched again: "
         "their right completions are kept and replayed next to new ones. `None` keeps none.",
         gt=0,
         le=1,
         optional=True,
+        was="replay_accuracy_max",
     )
     tree_dump_dir: str | None = method_field(None, "Folder for the search trees as JSON. `None` writes none.")
     tree_dump_steps: int = method_field(10, "Optimizer steps from one dump of trees to the next.", ge=1)
@@ -140,7 +141,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
 
     Where a frontier runs empty, which short completions make likely, terminals that were not kept are taken as well,
     and then completions sampled directly; these are single nodes. The paper leaves the case open, and the released
-    code stops with an error. Prompts that were solved, but rarely, are replayed: see `replay_accuracy_max`.
+    code stops with an error. Prompts that were solved, but rarely, are replayed: see `tree_replay_accuracy_max`.
     Trajectories are trained without correction for how they were found. Weights of the backup are the paper's; the
     released code counts nodes from 1. Uncertainty is in the priority, as in the paper. Left out: penalties for
     overlong completions, for which TRL has a reward function, dynamic widths, and the reuse of keys and values from
@@ -168,24 +169,9 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
     `python -m papertrl.samplers.trees.dump trees/step_000000.json` draws a dumped tree.
     """
 
-    method = Method(
-        name="deepsearch",
-        summary="Finds the group of completions by tree search and gives each of their steps its own advantage",
-        replaces={"rollout": {"tree_width": None}, "spread": {"tree_width": None}},
-        neutral={"tree_width": None},
-        signal="deepsearch/iterations",
-    )
+    method = declared("deepsearch")
+    replaces = {"rollout": {"tree_width": None}, "spread": {"tree_width": None}}
     config_class = DeepsearchGRPOConfig
-    _name = "DeepSearch"
-    _tag_names = ["trl", "papertrl", "grpo", "deepsearch"]
-    _paper = {
-        "title": "DeepSearch: Overcome the Bottleneck of Reinforcement Learning with Verifiable Rewards via Monte "
-        "Carlo Tree Search",
-        "id": "2509.25454",
-        "citation": "@article{deepsearch2025,\n    title   = {{DeepSearch: Overcome the Bottleneck of Reinforcement "
-        "Learning with Verifiable Rewards via Monte Carlo Tree Search}},\n    year    = 2025,\n    eprint  = "
-        "{arXiv:2509.25454}\n}",
-    }
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         # Right completions to replay, by prompt
@@ -197,10 +183,6 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
                 "DeepSearch samples by itself, which `rollout_func` would do as well. Leave `rollout_func` out, or "
                 "set `tree_width=None`."
             )
-
-    @classmethod
-    def row_replacing_methods(cls, args):
-        return super().row_replacing_methods(args) + ["deepsearch"] * (args.tree_width is not None)
 
     # --- Roll out -----------------------------------------------------------------------------------------------
 
@@ -378,10 +360,10 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         }
 
     def _remember_right(self, prompt: Any, summary: dict[str, Any]) -> None:
-        if self.args.replay_accuracy_max is None or summary["replayed"]:
+        if self.args.tree_replay_accuracy_max is None or summary["replayed"]:
             return
         right = [t["tokens"] for t in summary["trajectories"] if t["correct"]]
-        if 0 < len(right) <= self.args.replay_accuracy_max * len(summary["trajectories"]):
+        if 0 < len(right) <= self.args.tree_replay_accuracy_max * len(summary["trajectories"]):
             self._tree_replay[_key(prompt)] = right
 
     def _log_search(self, summaries: list[dict[str, Any]]) -> None:

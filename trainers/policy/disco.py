@@ -3,6 +3,8 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
+from ...core.stages import remedy
 from ...losses.masked import masked_mean
 from ...losses.policy.disco import (
     answer_labels,
@@ -12,7 +14,6 @@ from ...losses.policy.disco import (
     discriminative_objective,
     sampling_divergence,
 )
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics
 from .record import RolloutRecord, ScoredBatch, Source
@@ -101,7 +102,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
         Of a reward, DisCO sees whether it is above the threshold: what others add for length or style does not count.
         Lp-Reg's penalty adds to DisCO as to GRPO; ratios it would trust are trusted here anyway. Methods that replace
         the loss of single tokens or give them advantages of their own are refused. DLER's filter keeps the very
-        questions that have answers of both kinds; set `advantage_whitening="none"`.
+        questions that have answers of both kinds; set `dler_advantage_whitening="none"`.
 
     Paper: [DisCO: Reinforcing Large Reasoning Models with Discriminative Constrained
     Optimization](https://huggingface.co/papers/2505.12366).
@@ -115,24 +116,15 @@ class DiscoGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="disco",
-        summary="Tells right from wrong answers by unclipped scores, hard negatives first, in a trust region",
-        extends=("prepare_objective",),
-        replaces={stage: {"disco_score": "none"} for stage in ("scale", "spread", "trust_region", "objective")},
-        neutral={"disco_score": "none"},
-        signal="disco/mixed_questions",
-    )
-    config_class = DiscoGRPOConfig
-    _name = "DisCO"
-    _tag_names = ["trl", "papertrl", "grpo", "disco"]
-    _paper = {
-        "title": "DisCO: Reinforcing Large Reasoning Models with Discriminative Constrained Optimization",
-        "id": "2505.12366",
-        "citation": "@inproceedings{disco2025,\n    title     = {{DisCO: Reinforcing Large Reasoning Models with "
-        "Discriminative Constrained Optimization}},\n    booktitle = {NeurIPS},\n    year      = 2025,\n    "
-        "eprint    = {arXiv:2505.12366}\n}",
+    method = declared("disco")
+    extends = {"contribute": {}, "prepare_objective": {}}
+    replaces = {
+        "scale": {"disco_score": "none"},
+        "spread": {"disco_score": "none"},
+        "trust_region": {"disco_score": "none"},
+        "objective": {"disco_score": "none"},
     }
+    config_class = DiscoGRPOConfig
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
@@ -148,22 +140,16 @@ class DiscoGRPOTrainer(PolicyTrainer):
         super().refuse_clashes(args)
         if args.disco_score == "none":
             return
-        for other in cls.methods:
-            if other.name == "disco":
-                continue
-            # A stage that is replaced has settings of its own under which it is left alone
-            off = {stage: other.replaces.get(stage) or other.neutral for stage in (*other.extends, *other.replaces)}
-            changed = {
-                stage for stage in _PER_TOKEN & off.keys() if any(getattr(args, k) != v for k, v in off[stage].items())
-            }
-            if changed:
-                stage = min(changed)
-                remedy = ", ".join(f"{name}={value!r}" for name, value in off[stage].items())
-                raise ValueError(
-                    f"Methods 'disco' and '{other.name}' do not combine: '{other.name}' changes single tokens in the "
-                    f"stage '{stage}', but DisCO scores whole answers. Leave one of them out, or set "
-                    f"disco_score='none' or {remedy}."
-                )
+        for stage in sorted(_PER_TOKEN):
+            for owner in cls.acting(stage, args):
+                if owner.method.name != "disco":
+                    changes = owner.__dict__.get("extends", {}) | owner.__dict__.get("replaces", {})
+                    ways = " or ".join(filter(None, ["disco_score='none'", remedy(changes[stage])]))
+                    raise ValueError(
+                        f"Methods 'disco' and '{owner.method.name}' do not combine: '{owner.method.name}' changes "
+                        f"single tokens in the stage '{stage}', but DisCO scores whole answers. Leave one of them "
+                        f"out, or set {ways}."
+                    )
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
         if self.args.disco_score == "none":

@@ -3,10 +3,10 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.dler import length_limits, solved_share, truncated_rewards, whiten
 from ...losses.policy.groups import by_group, expand_groups, group_varies
 from ...losses.policy.surrogate import kl_estimate
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics
 from .record import RolloutRecord, ScoredBatch
@@ -21,40 +21,51 @@ class DlerGRPOConfig(PolicyConfig):
     paper samples 16 completions for each of 512 prompts and limits them to 4000 tokens.
     """
 
-    length_penalty: str = method_field(
+    dler_length_penalty: str = method_field(
         "truncation",
         "`truncation` gives no reward to a completion that does not end within the limit; `none` keeps rewards.",
         choices=("truncation", "none"),
+        was="length_penalty",
     )
-    truncation_length: int | None = method_field(
-        None, "Limit in tokens. `None` takes `max_completion_length`. The paper: 4000.", ge=1
+    dler_truncation_length: int | None = method_field(
+        None, "Limit in tokens. `None` takes `max_completion_length`. The paper: 4000.", ge=1, was="truncation_length"
     )
-    da_thresholds: list[float] = method_field(
+    dler_da_thresholds: list[float] = method_field(
         [],
         "DA-DLER: ascending shares of correct completions at which a prompt's limit changes. Empty for DLER; the "
         "paper: 0.5.",
+        was="da_thresholds",
     )
-    da_lengths: list[int] = method_field(
-        [], "DA-DLER: limits from hard to easy prompts, one more than thresholds. The paper: 4000 2000."
+    dler_da_lengths: list[int] = method_field(
+        [],
+        "DA-DLER: limits from hard to easy prompts, one more than thresholds. The paper: 4000 2000.",
+        was="da_lengths",
     )
-    advantage_whitening: str = method_field(
+    dler_advantage_whitening: str = method_field(
         "token",
         "What the batch statistics of the advantages run over; `none` leaves the scaling to `scale_rewards`.",
         choices=("token", "sequence", "none"),
+        was="advantage_whitening",
     )
-    dynamic_sampling: bool = method_field(
-        True, "Whether groups whose rewards are all equal are replaced by freshly sampled ones."
+    dler_dynamic_sampling: bool = method_field(
+        True,
+        "Whether groups whose rewards are all equal are replaced by freshly sampled ones.",
+        was="dynamic_sampling",
     )
-    max_resample_batches: int = method_field(
+    dler_max_resample_batches: int = method_field(
         4,
         "How often groups are replaced before the rest of the batch is filled up without effect on the loss. The "
         "paper sets no bound.",
         ge=0,
+        was="max_resample_batches",
     )
-    kl_estimator: str = method_field(
-        "k2", "Divergence estimate weighted by `beta`; the released code has k3.", choices=("k2", "k3")
+    dler_kl_estimator: str = method_field(
+        "k2",
+        "Divergence estimate weighted by `beta`; the released code has k3.",
+        choices=("k2", "k3"),
+        was="kl_estimator",
     )
-    beta: float = method_field(5e-4, "Weight of the divergence to the reference. See `kl_estimator`.", ge=0)
+    beta: float = method_field(5e-4, "Weight of the divergence to the reference. See `dler_kl_estimator`.", ge=0)
     use_bias_correction_kl: bool = method_field(
         False,
         "Whether to multiply the divergence by the ratio. k2 has the gradient of the reverse KL as it is; k3 has it "
@@ -67,26 +78,32 @@ class DlerGRPOConfig(PolicyConfig):
 
     def validate(self):
         super().validate()
-        limits = [("truncation_length", self.truncation_length)] + [("da_lengths", x) for x in self.da_lengths]
+        limits = [("dler_truncation_length", self.dler_truncation_length)] + [
+            ("dler_da_lengths", x) for x in self.dler_da_lengths
+        ]
         for name, limit in limits:
             if limit is not None and not 1 <= limit <= self.max_completion_length:
                 raise ValueError(
                     f"`{name}` must be in [1, max_completion_length={self.max_completion_length}], got {limit}: "
                     "generation has to reach the limit."
                 )
-        if self.da_lengths and len(self.da_lengths) != len(self.da_thresholds) + 1:
+        if self.dler_da_lengths and len(self.dler_da_lengths) != len(self.dler_da_thresholds) + 1:
             raise ValueError(
-                f"`da_lengths` must have one more entry than `da_thresholds`, got {self.da_lengths} and "
-                f"{self.da_thresholds}."
+                f"`dler_da_lengths` must have one more entry than `dler_da_thresholds`, got {self.dler_da_lengths} and "
+                f"{self.dler_da_thresholds}."
             )
-        if self.da_thresholds and not self.da_lengths:
-            raise ValueError(f"`da_thresholds` {self.da_thresholds} need `da_lengths`, which is empty.")
-        if sorted(set(self.da_thresholds)) != self.da_thresholds or any(not 0 < t <= 1 for t in self.da_thresholds):
-            raise ValueError(f"`da_thresholds` must be ascending numbers in (0, 1], got {self.da_thresholds}.")
-        if self.length_penalty == "truncation" and self.mask_truncated_completions:
+        if self.dler_da_thresholds and not self.dler_da_lengths:
+            raise ValueError(f"`dler_da_thresholds` {self.dler_da_thresholds} need `dler_da_lengths`, which is empty.")
+        if sorted(set(self.dler_da_thresholds)) != self.dler_da_thresholds or any(
+            not 0 < t <= 1 for t in self.dler_da_thresholds
+        ):
+            raise ValueError(
+                f"`dler_da_thresholds` must be ascending numbers in (0, 1], got {self.dler_da_thresholds}."
+            )
+        if self.dler_length_penalty == "truncation" and self.mask_truncated_completions:
             raise ValueError(
                 "`mask_truncated_completions=True` removes the completions that DLER's truncation penalizes. Set it "
-                "to False, or set `length_penalty='none'`."
+                "to False, or set `dler_length_penalty='none'`."
             )
 
 
@@ -102,7 +119,7 @@ class DlerGRPOTrainer(PolicyTrainer):
 
     the statistics being over all completion tokens of the batch (arXiv:2510.15110, Eq. 3). Groups whose rewards are
     all equal are replaced by freshly sampled ones; where that fails, they and any other group without variance get
-    advantage 0. With `da_lengths`, a prompt that the model mostly solves under the long limit gets a shorter one
+    advantage 0. With `dler_da_lengths`, a prompt that the model mostly solves under the long limit gets a shorter one
     (DA-DLER); a completion counts as correct if its weighted reward is positive.
 
     [`~papertrl.losses.policy.dler.merge_updates`] is the paper's merging of selected updates after training.
@@ -118,52 +135,28 @@ class DlerGRPOTrainer(PolicyTrainer):
 
     ```python
     >>> from papertrl import DlerGRPOConfig, DlerGRPOTrainer
-    >>> args = DlerGRPOConfig(max_completion_length=512, truncation_length=400)  # doctest: +SKIP
+    >>> args = DlerGRPOConfig(max_completion_length=512, dler_truncation_length=400)  # doctest: +SKIP
     >>> trainer = DlerGRPOTrainer("Qwen/Qwen3-0.6B", reward, args, train_dataset=dataset)  # doctest: +SKIP
     ```
     """
 
-    method = Method(
-        name="dler",
-        summary="Hard length limit with token-whitened advantages, refilled groups and clip-higher",
-        extends=("score", "filter_groups"),
-        replaces={"scale": {"advantage_whitening": "none"}, "divergence": {"kl_estimator": "k3"}},
-        neutral={
-            "length_penalty": "none",
-            "advantage_whitening": "none",
-            "dynamic_sampling": False,
-            "kl_estimator": "k3",
-        },
-        signal="dler/truncated_fraction",
-    )
+    method = declared("dler")
+    extends = {"score": {}, "filter_groups": {}}
+    replaces = {"scale": {"dler_advantage_whitening": "none"}, "divergence": {"dler_kl_estimator": "k3"}}
     config_class = DlerGRPOConfig
-    _name = "DLER"
-    _tag_names = ["trl", "papertrl", "grpo", "dler"]
-    _paper = {
-        "title": "DLER: Doing Length pEnalty Right - Incentivizing More Intelligence per Token via Reinforcement "
-        "Learning",
-        "id": "2510.15110",
-        "citation": "@article{dler2025,\n    title   = {{DLER: Doing Length pEnalty Right - Incentivizing More "
-        "Intelligence per Token via Reinforcement Learning}},\n    year    = 2025,\n    "
-        "eprint  = {arXiv:2510.15110}\n}",
-    }
-
-    @classmethod
-    def prompt_drawing_methods(cls, args):
-        return super().prompt_drawing_methods(args) + ["dler"] * args.dynamic_sampling
 
     def score(self, scored: ScoredBatch) -> torch.Tensor:
         rewards = super().score(scored)
-        if self.args.length_penalty == "none":
+        if self.args.dler_length_penalty == "none":
             return rewards
-        limit = self.args.truncation_length or self.max_completion_length
+        limit = self.args.dler_truncation_length or self.max_completion_length
         limits = torch.full_like(scored.lengths, limit)
-        if self.args.da_lengths:
-            longest = torch.full_like(limits, max(self.args.da_lengths))
+        if self.args.dler_da_lengths:
+            longest = torch.full_like(limits, max(self.args.dler_da_lengths))
             full = truncated_rewards(rewards, scored.lengths, scored.truncated, longest)
             correct = (full * self.reward_weights.to(full.device)).nansum(1) > 0
             share = solved_share(correct, scored.group_ids)
-            limits = length_limits(share, self.args.da_thresholds, self.args.da_lengths)
+            limits = length_limits(share, self.args.dler_da_thresholds, self.args.dler_da_lengths)
             self.log_metric("dler/da_short_fraction", (limits < longest).float().mean())
         late = scored.truncated | (scored.lengths > limits)
         self.log_metric("dler/truncated_fraction", late.float().mean())
@@ -171,7 +164,7 @@ class DlerGRPOTrainer(PolicyTrainer):
 
     def filter_groups(self, scored: ScoredBatch) -> torch.Tensor | None:
         keep = super().filter_groups(scored)
-        if not self.args.dynamic_sampling:
+        if not self.args.dler_dynamic_sampling:
             return keep
         rewards = self.combine_rewards(scored)
         varied = group_varies(rewards, scored.group_ids)
@@ -181,18 +174,18 @@ class DlerGRPOTrainer(PolicyTrainer):
         return varied if keep is None else keep & varied
 
     def refill_rounds(self) -> int:
-        rounds = self.args.max_resample_batches if self.args.dynamic_sampling else 0
+        rounds = self.args.dler_max_resample_batches if self.args.dler_dynamic_sampling else 0
         return max(super().refill_rounds(), rounds)
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
-        if self.args.advantage_whitening == "none":
+        if self.args.dler_advantage_whitening == "none":
             return super().scale(scored, rewards, centered)
         varied = expand_groups(group_varies(rewards, scored.group_ids), scored.group_ids)
         live = scored.usable & ~centered.isnan() & varied
-        weights = scored.lengths if self.args.advantage_whitening == "token" else torch.ones_like(scored.lengths)
+        weights = scored.lengths if self.args.dler_advantage_whitening == "token" else torch.ones_like(scored.lengths)
         return whiten(centered, weights, live)
 
     def divergence(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
-        if self.args.kl_estimator == "k3":
+        if self.args.dler_kl_estimator == "k3":
             return super().divergence(stats, record)
-        return kl_estimate(stats.logps, record.ref_per_token_logps, self.args.kl_estimator)
+        return kl_estimate(stats.logps, record.ref_per_token_logps, self.args.dler_kl_estimator)

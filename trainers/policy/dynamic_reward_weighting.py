@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.dynamic_reward_weighting import (
     HypervolumeGuide,
     clip_factors,
@@ -14,7 +15,6 @@ from ...losses.policy.dynamic_reward_weighting import (
     meta_reward,
 )
 from ...models.observation import decoder_layers
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .record import RolloutRecord, ScoredBatch
@@ -32,11 +32,12 @@ class DynamicRewardWeightingGRPOConfig(PolicyConfig):
     `reward_weights`, positive and brought to sum 1, are the weights at the start.
     """
 
-    reward_weighting: str = method_field(
+    weighting_mode: str = method_field(
         "gradient",
         "`gradient` moves weight to rewards whose gradients help all rewards; `hypervolume` scales advantages by what "
         "the policy adds to the Pareto front; `none` is GRPO.",
         choices=("gradient", "hypervolume", "none"),
+        was="reward_weighting",
     )
     weighting_regularization: float = method_field(
         1e-5,
@@ -52,24 +53,29 @@ class DynamicRewardWeightingGRPOConfig(PolicyConfig):
         "Decoder layers whose gradients count, from 0. Empty takes the middle ones, as 10 to 25 of the 36 in the "
         "released code.",
     )
-    hypervolume_low: float = method_field(0.5, "Factor of the advantages while the front does not grow.", gt=0)
-    hypervolume_gain: float = method_field(1.5, "What the factor gains at most as the front grows.", gt=0)
-    hypervolume_ema: float = method_field(
+    weighting_hypervolume_low: float = method_field(
+        0.5, "Factor of the advantages while the front does not grow.", gt=0, was="hypervolume_low"
+    )
+    weighting_hypervolume_gain: float = method_field(
+        1.5, "What the factor gains at most as the front grows.", gt=0, was="hypervolume_gain"
+    )
+    weighting_hypervolume_ema: float = method_field(
         0.9,
         "Without evaluations, the front is that of the mean training rewards, averaged over generation batches with "
         "this decay.",
         ge=0,
         lt=1,
+        was="hypervolume_ema",
     )
 
     def validate(self):
         super().validate()
         if any(isinstance(layer, bool) or not isinstance(layer, int) or layer < 0 for layer in self.weighting_layers):
             raise ValueError(f"`weighting_layers` must be layer numbers from 0, got {self.weighting_layers}.")
-        if self.reward_weighting == "gradient" and self.multi_objective_aggregation != "sum_then_normalize":
+        if self.weighting_mode == "gradient" and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "Gradients per reward need advantages per reward: `multi_objective_aggregation` must be "
-                f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Change it, or `reward_weighting`."
+                f"'sum_then_normalize', got {self.multi_objective_aggregation!r}. Change it, or `weighting_mode`."
             )
 
 
@@ -115,34 +121,21 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
 
     ```python
     >>> from papertrl import DynamicRewardWeightingGRPOConfig, DynamicRewardWeightingGRPOTrainer
-    >>> args = DynamicRewardWeightingGRPOConfig(reward_weighting="gradient")  # doctest: +SKIP
+    >>> args = DynamicRewardWeightingGRPOConfig(weighting_mode="gradient")  # doctest: +SKIP
     >>> trainer = DynamicRewardWeightingGRPOTrainer(
     ...     "Qwen/Qwen3-0.6B", [accuracy, brevity, clarity], args, train_dataset=dataset
     ... )  # doctest: +SKIP
     ```
     """
 
-    method = Method(
-        name="dynamic_reward_weighting",
-        summary="Weighs several rewards by whose gradients help all, or by the hypervolume gained",
-        extends=("advantages", "feedback"),
-        replaces={"combine_rewards": {"reward_weighting": "none"}},
-        neutral={"reward_weighting": "none"},
-        signal="dynamic_reward_weighting/influence",
-    )
+    method = declared("dynamic_reward_weighting")
+    extends = {"advantages": {}, "feedback": {}}
+    replaces = {"combine_rewards": {"weighting_mode": "none"}}
     config_class = DynamicRewardWeightingGRPOConfig
-    _name = "Dynamic reward weighting"
-    _tag_names = ["trl", "papertrl", "grpo", "dynamic-reward-weighting"]
-    _paper = {
-        "title": "Learning to Optimize Multi-Objective Alignment Through Dynamic Reward Weighting",
-        "id": "2509.11452",
-        "citation": "@article{dynamicrewardweighting2025,\n    title  = {{Learning to Optimize Multi-Objective "
-        "Alignment Through Dynamic Reward Weighting}},\n    year   = 2025,\n    eprint = {arXiv:2509.11452}\n}",
-    }
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
-        kind = self.args.reward_weighting
+        kind = self.args.weighting_mode
         self._guide = HypervolumeGuide()
         self._smoothed: list[float] | None = None
         self._contribution, self._meta = 0.0, 1.0
@@ -158,30 +151,30 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         self.reward_weights = self.reward_weights / self.reward_weights.sum()
         if kind == "hypervolume" and len(self.reward_func_names) > _MOST_REWARDS:
             raise ValueError(
-                f"`reward_weighting='hypervolume'` takes at most {_MOST_REWARDS} reward functions, got "
+                f"`weighting_mode='hypervolume'` takes at most {_MOST_REWARDS} reward functions, got "
                 f"{self.reward_func_names}: the exact volume costs too much beyond. Set 'gradient'."
             )
         if kind == "gradient":
             if self.is_deepspeed_enabled or self.is_fsdp_enabled:
                 raise ValueError(
-                    "`reward_weighting='gradient'` needs whole gradients on every rank, which DeepSpeed and FSDP "
+                    "`weighting_mode='gradient'` needs whole gradients on every rank, which DeepSpeed and FSDP "
                     "shard. Launch with DDP, or set 'hypervolume'."
                 )
             self._chosen_layers()
 
     def advantages(self, scored: ScoredBatch, record: RolloutRecord) -> torch.Tensor:
-        if self.args.reward_weighting == "gradient" and self.model.training:
+        if self.args.weighting_mode == "gradient" and self.model.training:
             self._follow_gradients(scored, record)
         advantages = super().advantages(scored, record)
-        return self._meta * advantages if self.args.reward_weighting == "hypervolume" else advantages
+        return self._meta * advantages if self.args.weighting_mode == "hypervolume" else advantages
 
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         super().observe_batch(scored, record)
-        if self.args.reward_weighting == "none":
+        if self.args.weighting_mode == "none":
             return
         for name, weight in zip(self.reward_func_names, self.reward_weights, strict=True):
             self.log_metric(f"dynamic_reward_weighting/{name}/weight", weight)
-        if self.args.reward_weighting == "hypervolume":
+        if self.args.weighting_mode == "hypervolume":
             self.log_metric("dynamic_reward_weighting/meta_reward", self._meta)
             if self.args.eval_strategy == "no":
                 self._smooth(scored.sampled_rewards.nanmean(dim=0).tolist())
@@ -192,7 +185,7 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
 
     def observe_evaluation(self, metrics: dict[str, float]) -> None:
         super().observe_evaluation(metrics)
-        if self.args.reward_weighting == "hypervolume":
+        if self.args.weighting_mode == "hypervolume":
             means = [metrics[f"eval_rewards/{name}/mean"] for name in self.reward_func_names]
             if None not in means:
                 self._grow(means)
@@ -288,7 +281,7 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         """Move the smoothed means, of which those that a batch does not know stay."""
         if self._smoothed is None and any(map(math.isnan, means)):
             return
-        decay, before = self.args.hypervolume_ema, self._smoothed or means
+        decay, before = self.args.weighting_hypervolume_ema, self._smoothed or means
         self._smoothed = [
             old if math.isnan(new) else decay * old + (1 - decay) * new for old, new in zip(before, means, strict=True)
         ]
@@ -298,6 +291,8 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         """Set the factor of the next advantages by what `means` add to the front; the first ones are its reference."""
         if self._guide.points:
             self._contribution = self._guide.observe(means)
-            self._meta = meta_reward(self._contribution, self.args.hypervolume_low, self.args.hypervolume_gain)
+            self._meta = meta_reward(
+                self._contribution, self.args.weighting_hypervolume_low, self.args.weighting_hypervolume_gain
+            )
         else:
             self._guide.observe(means)

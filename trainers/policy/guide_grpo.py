@@ -3,8 +3,8 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.guide_grpo import percentile_gamma, reshape_ratio
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .draft import Draft
 from .objective import CLIPPED, PolicyStatistics
@@ -108,36 +108,14 @@ class GuideGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="guide_grpo",
-        summary="Samples failing prompts again with a hint and learns the result without it",
-        extends=("filter_groups", "trust_region"),
-        replaces={"repair": {"guide_reroll": False}},
-        neutral={"guide_reroll": False},
-        signal="guide/token_fraction",
-    )
+    method = declared("guide_grpo")
+    extends = {"columns": {}, "filter_groups": {}, "trust_region": {}}
+    replaces = {"repair": {"guide_reroll": False}}
     config_class = GuideGRPOConfig
-    _name = "Guide-GRPO"
-    _tag_names = ["trl", "papertrl", "grpo", "guide-grpo"]
-    _paper = {
-        "title": "Adaptive Guidance Accelerates Reinforcement Learning of Reasoning Models",
-        "id": "2506.13923",
-        "citation": "@article{guide2025,\n    title   = {{Adaptive Guidance Accelerates Reinforcement Learning of "
-        "Reasoning Models}},\n    year    = 2025,\n    eprint  = {arXiv:2506.13923}\n}",
-    }
 
     @classmethod
     def needed_columns(cls, args):
         return super().needed_columns(args) + [args.guide_hint_column] * args.guide_reroll
-
-    @classmethod
-    def row_replacing_methods(cls, args):
-        return super().row_replacing_methods(args) + ["guide_grpo"] * args.guide_reroll
-
-    @classmethod
-    def prompt_drawing_methods(cls, args):
-        refills = args.guide_reroll and args.guide_max_resample_batches > 0
-        return super().prompt_drawing_methods(args) + ["guide_grpo"] * refills
 
     def groups_to_repair(self, scored: ScoredBatch) -> torch.Tensor | None:
         failing = super().groups_to_repair(scored)

@@ -7,6 +7,7 @@ import torch
 from transformers import LogitsProcessorList
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.hapo import (
     advantage_factor,
     entropy_scale,
@@ -16,7 +17,6 @@ from ...losses.policy.hapo import (
     token_mean,
 )
 from ...samplers.decoding.entropy_temperature import EntropyTemperature
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
 from .record import Generation, RolloutRecord, ScoredBatch
@@ -138,31 +138,10 @@ class HapoGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="hapo",
-        summary="Temperature, advantage and clip range of each token follow its entropy",
-        extends=("rollout", "statistics", "prepare_objective", "trust_region", "objective"),
-        replaces={
-            "baseline": {"hapo_token_group_average": False},
-            "scale": {"hapo_token_group_average": False},
-        },
-        neutral={
-            "hapo_temperature_tau": 0.0,
-            "hapo_token_group_average": False,
-            "hapo_adv_beta": 0.0,
-            "hapo_clip_alpha": 0.0,
-        },
-        signal="hapo/advantage_change",
-    )
+    method = declared("hapo")
+    extends = {"rollout": {}, "statistics": {}, "prepare_objective": {}, "trust_region": {}, "objective": {}}
+    replaces = {"baseline": {"hapo_token_group_average": False}, "scale": {"hapo_token_group_average": False}}
     config_class = HapoGRPOConfig
-    _name = "HAPO"
-    _tag_names = ["trl", "papertrl", "grpo", "hapo"]
-    _paper = {
-        "title": "From Uniform to Heterogeneous: Tailoring Policy Optimization to Every Token's Nature",
-        "id": "2509.16591",
-        "citation": "@article{hapo2025,\n    title   = {{From Uniform to Heterogeneous: Tailoring Policy Optimization "
-        "to Every Token's Nature}},\n    year    = 2025,\n    eprint  = {arXiv:2509.16591}\n}",
-    }
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         # Of the last generation batch, for the next one

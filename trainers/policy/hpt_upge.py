@@ -7,6 +7,7 @@ import torch
 from trl.data_utils import apply_chat_template
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.masked import masked_mean
 from ...losses.policy.groups import group_mean, weighted_sum
 from ...losses.policy.hpt_upge import (
@@ -23,7 +24,6 @@ from ...losses.policy.hpt_upge import (
     switch_weights,
 )
 from ...losses.terms import LossTerm
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .draft import Draft
 from .objective import PolicyStatistics, column
@@ -32,10 +32,10 @@ from .record import RolloutRecord, ScoredBatch, Source
 # Those whose own loss is in the table; the others would give their normalizer alone
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo")
 _PARTS = {
-    "mask": "upge_mask",
-    "denominator": "ratio_denominator",
-    "advantage": "upge_advantage",
-    "shape": "upge_shape",
+    "mask": "hpt_upge_mask",
+    "denominator": "hpt_upge_denominator",
+    "advantage": "hpt_upge_advantage",
+    "shape": "hpt_upge_shape",
 }
 
 
@@ -69,40 +69,54 @@ class HptUpgeGRPOConfig(PolicyConfig):
         "Dataset column with the demonstration, as text or as a list with one assistant message. Where it is `None`, "
         "a prompt learns from its rollouts. The released data call it `target`.",
     )
-    upge_instance: str | None = method_field(
+    hpt_upge_instance: str | None = method_field(
         None,
         "Row of the paper's table whose coefficient form is the loss of rollouts; `loss_type` is then only its "
         "normalizer, and the loss's value has no meaning. `None` leaves the loss to `loss_type`; TRL's has the "
         "gradient of `grpo`, which is the paper's.",
         choices=tuple(INSTANCES),
+        was="upge_instance",
     )
-    upge_mask: str | None = method_field(None, "Stabilization mask; `None` takes the row's.", choices=MASKS)
-    ratio_denominator: str | None = method_field(
+    hpt_upge_mask: str | None = method_field(
+        None, "Stabilization mask; `None` takes the row's.", choices=MASKS, was="upge_mask"
+    )
+    hpt_upge_denominator: str | None = method_field(
         None,
         "What the policy's probability is divided by: itself (`theta`), that at sampling time (`old`), 1 (`one`), or "
         "what makes the ratio a sequence's geometric mean (`sequence`); `None` takes the row's.",
         choices=DENOMINATORS,
+        was="ratio_denominator",
     )
-    upge_advantage: str | None = method_field(
+    hpt_upge_advantage: str | None = method_field(
         None,
         "Advantage of rollouts: the configured one (`rollouts`), `one`, or `sign` of the reward; `None` takes the "
         "row's.",
         choices=ADVANTAGES,
+        was="upge_advantage",
     )
-    upge_shape: str | None = method_field(
-        None, "Function of the ratio whose gradient is taken; `None` takes the row's.", choices=SHAPES
+    hpt_upge_shape: str | None = method_field(
+        None,
+        "Function of the ratio whose gradient is taken; `None` takes the row's.",
+        choices=SHAPES,
+        was="upge_shape",
     )
-    upge_gamma: float = method_field(0.1, "γ of the shape `p_div_p_gamma`.", gt=0)
-    upge_max_grad_norm_skip: float | None = method_field(
-        80.0, "Gradient norm above which an optimizer step is left out.", gt=0, optional=True
+    hpt_upge_gamma: float = method_field(0.1, "γ of the shape `p_div_p_gamma`.", gt=0, was="upge_gamma")
+    hpt_max_grad_norm_skip: float | None = method_field(
+        80.0,
+        "Gradient norm above which an optimizer step is left out.",
+        gt=0,
+        optional=True,
+        was="upge_max_grad_norm_skip",
     )
-    loss_type: str = method_field("dr_grpo", "Normalizer of the loss, and the loss itself without `upge_instance`.")
+    loss_type: str = method_field(
+        "dr_grpo", "Normalizer of the loss, and the loss itself without `hpt_upge_instance`."
+    )
 
     def validate(self):
         super().validate()
-        if self.upge_max_grad_norm_skip is not None and self.deepspeed:
+        if self.hpt_max_grad_norm_skip is not None and self.deepspeed:
             raise ValueError(
-                f"`upge_max_grad_norm_skip` is {self.upge_max_grad_norm_skip}, but DeepSpeed steps by itself and "
+                f"`hpt_max_grad_norm_skip` is {self.hpt_max_grad_norm_skip}, but DeepSpeed steps by itself and "
                 "cannot be held back. Set it to None."
             )
         if self.hpt_mode == "soft" and self.multi_objective_aggregation != "sum_then_normalize":
@@ -110,35 +124,35 @@ class HptUpgeGRPOConfig(PolicyConfig):
                 "`hpt_mode='soft'` compares rollouts with a demonstration of reward 1: `multi_objective_aggregation` "
                 f"must be 'sum_then_normalize', got {self.multi_objective_aggregation!r}."
             )
-        if self.upge_instance is None:
+        if self.hpt_upge_instance is None:
             given = [name for name in _PARTS.values() if getattr(self, name) is not None]
             if given:
                 raise ValueError(
                     f"`{given[0]}` is {getattr(self, given[0])!r}, but changes a row of the table and "
-                    f"`upge_instance` names none. Set it to one of {tuple(INSTANCES)}."
+                    f"`hpt_upge_instance` names none. Set it to one of {tuple(INSTANCES)}."
                 )
             return
         if self.loss_type not in _LOSS_TYPES:
             raise ValueError(
-                f"`loss_type` is the normalizer of `upge_instance={self.upge_instance!r}` and must be one of "
+                f"`loss_type` is the normalizer of `hpt_upge_instance={self.hpt_upge_instance!r}` and must be one of "
                 f"{_LOSS_TYPES}, got {self.loss_type!r}."
             )
         if self.importance_sampling_level != "token":
             raise ValueError(
-                f"`importance_sampling_level` is {self.importance_sampling_level!r}, but `upge_instance` decides by "
-                "its mask and denominator. Leave it at 'token'; the ratio of sequences is `upge_instance='gspo'`."
+                f"`importance_sampling_level` is {self.importance_sampling_level!r}, but `hpt_upge_instance` decides by "
+                "its mask and denominator. Leave it at 'token'; the ratio of sequences is `hpt_upge_instance='gspo'`."
             )
-        for name, value in INSTANCES[self.upge_instance].settings.items():
+        for name, value in INSTANCES[self.hpt_upge_instance].settings.items():
             if getattr(self, name) != value:
                 raise ValueError(
-                    f"`upge_instance={self.upge_instance!r}` goes with `{name}={value!r}`, got "
+                    f"`hpt_upge_instance={self.hpt_upge_instance!r}` goes with `{name}={value!r}`, got "
                     f"{getattr(self, name)!r}. Set it, or take the row 'grpo'."
                 )
 
     def estimator(self) -> Estimator:
-        """The row of the table that `upge_instance` names, with the parts that are set in its place."""
+        """The row of the table that `hpt_upge_instance` names, with the parts that are set in its place."""
         own = {part: getattr(self, name) for part, name in _PARTS.items() if getattr(self, name) is not None}
-        return replace(INSTANCES[self.upge_instance], **own)
+        return replace(INSTANCES[self.hpt_upge_instance], **own)
 
 
 class HptUpgeGRPOTrainer(PolicyTrainer):
@@ -162,13 +176,13 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     right in the group's advantages); other group sizes than 8 take the nearest eighth.
 
     Demonstrations have no ratio and no clip, enter no reward statistics, and end without the end token where they
-    are longer than `max_completion_length`. An update whose gradient norm is above `upge_max_grad_norm_skip`, or is
+    are longer than `max_completion_length`. An update whose gradient norm is above `hpt_max_grad_norm_skip`, or is
     not finite, is left out, the optimizer's state included.
 
     The paper derives both losses from one estimator (UPGE, Eq. 6), \\( \mathbb{1}_{stable} \frac{1}{\pi_{ref}} \hat A
     \nabla \pi \\), whose four parts give the known methods:
 
-    | `upge_instance` | `ratio_denominator` | `upge_advantage` | `upge_mask` | \\( c \\) on \\( \nabla \log \pi \\) |
+    | `hpt_upge_instance` | `hpt_upge_denominator` | `hpt_upge_advantage` | `hpt_upge_mask` | \\( c \\) on \\( \nabla \log \pi \\) |
     |---|---|---|---|---|
     | `sft` | `theta` | `one` | `none` | 1 |
     | `ppo`, `grpo`, `dapo`, `dr_grpo` | `old` | `rollouts` | `clip` | mask·A·r |
@@ -179,7 +193,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     | `srft` | `one` | `rollouts` | `none` | A·π |
     | `luffy` | `one` | `rollouts` | `none` | A·π·f'(π), f(π) = π/(π + γ) |
 
-    With `upge_instance`, the loss of rollouts is −c·logπ with c held fixed. Clip bounds are 1 ± ε in every row, where
+    With `hpt_upge_instance`, the loss of rollouts is −c·logπ with c held fixed. Clip bounds are 1 ± ε in every row, where
     TRL's `loss_type="cispo"` caps at ε itself. A token whose ratio another method has reshaped keeps the configured
     loss. Metrics: `loss/hpt_sft`, the demonstrations' mean negative log-likelihood per token (0 in a micro-batch
     without), `upge/coefficient` and `upge/masked_tokens` of the rollouts, and those with `hpt/`.
@@ -190,7 +204,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     Paper: [Towards a Unified View of Large Language Model
     Post-Training](https://huggingface.co/papers/2509.04419). The equation has a clip and standardized advantages, as
-    here. The released run has neither (here: `upge_instance="grpo"`, `upge_mask="none"`, `scale_rewards="none"`), and
+    here. The released run has neither (here: `hpt_upge_instance="grpo"`, `hpt_upge_mask="none"`, `scale_rewards="none"`), and
     an entropy bonus of 0.001.
 
     Example:
@@ -202,41 +216,24 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="hpt_upge",
-        summary="Prompts that the model cannot solve learn from a demonstration, the others from rollouts",
-        extends=(
-            "repair",
-            "demonstrate",
-            "combine_rewards",
-            "select",
-            "prepare_objective",
-            "extra_terms",
-            "before_update",
-        ),
-        replaces={"objective": {"upge_instance": None}},
-        neutral={"hpt_mode": "none", "upge_instance": None, "upge_max_grad_norm_skip": None},
-        signal="hpt/sft_prompt_fraction",
-    )
-    config_class = HptUpgeGRPOConfig
-    _name = "HPT"
-    _tag_names = ["trl", "papertrl", "grpo", "hpt", "upge"]
-    _paper = {
-        "title": "Towards a Unified View of Large Language Model Post-Training",
-        "id": "2509.04419",
-        "citation": "@article{hpt2025,\n    title   = {{Towards a Unified View of Large Language Model "
-        "Post-Training}},\n    author  = {Xingtai Lv and Yuxin Zuo and Youbang Sun and Hongyi Liu and Yuntian Wei and "
-        "Zhekai Chen and Lixuan He and Xuekai Zhu and Kaiyan Zhang and Bingning Wang and Ning Ding and Bowen Zhou},\n"
-        "    year    = 2025,\n    eprint  = {arXiv:2509.04419}\n}",
+    method = declared("hpt_upge")
+    extends = {
+        "contribute": {},
+        "columns": {},
+        "repair": {},
+        "demonstrate": {},
+        "combine_rewards": {},
+        "select": {},
+        "prepare_objective": {},
+        "extra_terms": {},
+        "before_update": {},
     }
+    replaces = {"objective": {"hpt_upge_instance": None}}
+    config_class = HptUpgeGRPOConfig
 
     @classmethod
     def needed_columns(cls, args: Any) -> list[str]:
         return super().needed_columns(args) + [args.hpt_demo_column] * (args.hpt_mode != "none")
-
-    @classmethod
-    def row_replacing_methods(cls, args: Any) -> list[str]:
-        return super().row_replacing_methods(args) + ["hpt_upge"] * (args.hpt_mode != "none")
 
     # --- Demonstrations -----------------------------------------------------------------------------------------
 
@@ -350,14 +347,14 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     def contributing_rows(self, record: RolloutRecord) -> torch.Tensor:
         rows = super().contributing_rows(record)
-        if self.args.upge_instance is not None and self.args.estimator().advantage != "rollouts":
+        if self.args.hpt_upge_instance is not None and self.args.estimator().advantage != "rollouts":
             rows = rows | ((record.row_weight > 0) & record.loss_mask.any(1))
         if self.args.hpt_mode != "none":
             rows = rows | (record.statistics["hpt/off_policy_weight"] > 0) | (record.statistics["hpt/sft_weight"] > 0)
         return rows
 
     def objective(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
-        if self.args.upge_instance is None:
+        if self.args.hpt_upge_instance is None:
             return super().objective(stats, record)
         found, advantages = self._coefficient(self.args.estimator(), stats, record)
         live = record.loss_mask * (record.row_weight > 0).unsqueeze(1) * (advantages != 0)
@@ -383,7 +380,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
             1 - stats.epsilon_low,
             1 + stats.epsilon_high,
             stats.delta,
-            self.args.upge_gamma,
+            self.args.hpt_upge_gamma,
         )
         return found, advantages
 
@@ -404,7 +401,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     def before_update(self, grad_norm: torch.Tensor) -> None:
         super().before_update(grad_norm)
-        limit = self.args.upge_max_grad_norm_skip
+        limit = self.args.hpt_max_grad_norm_skip
         if limit is None:
             return
         skipped = not bool(grad_norm <= limit)

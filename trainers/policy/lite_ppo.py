@@ -3,9 +3,9 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.groups import group_std
 from ...losses.policy.lite_ppo import reward_mean
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .record import ScoredBatch
 
@@ -19,11 +19,12 @@ class LitePpoGRPOConfig(PolicyConfig):
     `beta=0` and `epsilon=0.2` are TRL's own.
     """
 
-    reward_mean_scope: str = method_field(
+    lite_ppo_reward_mean_scope: str = method_field(
         "group",
         "Mean that is subtracted from a reward. The batch mean is for ablations: the paper finds that it can collapse "
         "with 0/1 rewards.",
         choices=("group", "batch"),
+        was="reward_mean_scope",
     )
     scale_rewards: str = method_field(
         "batch", "Standard deviation that divides the centered rewards. See TRL's `scale_rewards`."
@@ -71,27 +72,14 @@ class LitePpoGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="lite_ppo",
-        summary="Group mean, batch standard deviation and token-mean loss: two tricks suffice",
-        replaces={"baseline": {"reward_mean_scope": "group"}, "scale": {"scale_rewards": "group"}},
-        neutral={"reward_mean_scope": "group", "scale_rewards": "group"},
-        signal="lite_ppo/batch_std",
-    )
+    method = declared("lite_ppo")
+    replaces = {"baseline": {"lite_ppo_reward_mean_scope": "group"}, "scale": {"scale_rewards": "group"}}
     config_class = LitePpoGRPOConfig
-    _name = "Lite PPO"
-    _tag_names = ["trl", "papertrl", "grpo", "lite-ppo"]
-    _paper = {
-        "title": "Part I: Tricks or Traps? A Deep Dive into RL for LLM Reasoning",
-        "id": "2508.08221",
-        "citation": "@article{liteppo2025,\n    title   = {{Part I: Tricks or Traps? A Deep Dive into RL for LLM "
-        "Reasoning}},\n    year    = 2025,\n    eprint  = {arXiv:2508.08221}\n}",
-    }
 
     def baseline(self, scored: ScoredBatch, rewards: torch.Tensor) -> torch.Tensor:
-        if self.args.reward_mean_scope == "group":
+        if self.args.lite_ppo_reward_mean_scope == "group":
             return super().baseline(scored, rewards)
-        return reward_mean(rewards, scored.group_ids, self.args.reward_mean_scope)
+        return reward_mean(rewards, scored.group_ids, self.args.lite_ppo_reward_mean_scope)
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
         advantages = super().scale(scored, rewards, centered)

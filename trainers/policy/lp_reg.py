@@ -3,6 +3,7 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.head import kept_mass
 from ...losses.policy.lp_reg import (
     NOISE_LOGP,
@@ -13,7 +14,6 @@ from ...losses.policy.lp_reg import (
 )
 from ...losses.terms import LossTerm
 from ...models.observation import lm_head
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
 from .record import RolloutRecord, ScoredBatch
@@ -107,22 +107,9 @@ class LpRegGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="lp_reg",
-        summary="Protects low-probability tokens that are not noise from being punished away",
-        extends=("statistics", "prepare_objective", "trust_region", "extra_terms"),
-        neutral={"lp_reg_beta": 0.0},
-        signal="lp_reg/regularized_tokens",
-    )
+    method = declared("lp_reg")
+    extends = {"statistics": {}, "prepare_objective": {}, "trust_region": {}, "extra_terms": {}}
     config_class = LpRegGRPOConfig
-    _name = "Lp-Reg"
-    _tag_names = ["trl", "papertrl", "grpo", "lp-reg"]
-    _paper = {
-        "title": "Low-probability Tokens Sustain Exploration in Reinforcement Learning with Verifiable Reward",
-        "id": "2510.03222",
-        "citation": "@article{lpreg2025,\n    title   = {{Low-probability Tokens Sustain Exploration in Reinforcement "
-        "Learning with Verifiable Reward}},\n    year    = 2025,\n    eprint  = {arXiv:2510.03222}\n}",
-    }
 
     def old_pass_needs(self):
         needs = super().old_pass_needs()

@@ -8,11 +8,11 @@ import torch
 from accelerate.logging import get_logger
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.head import sum_of_squares
 from ...losses.policy.groups import group_mean
 from ...losses.policy.oblr_po import gradient_noise, logit_energy, optimal_baseline, snr_multiplier
 from ...models.observation import causal_lm, decoder_layers, lm_head
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .record import RolloutRecord, ScoredBatch
 from .scoring import OldPass
@@ -118,23 +118,10 @@ class OblrPoGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="oblr_po",
-        summary="Baseline of least gradient variance, and a learning rate that shrinks in noise",
-        extends=("statistics", "after_backward", "before_update"),
-        replaces={"baseline": {"oblr_weight": "none"}},
-        neutral={"oblr_weight": "none", "scale_rewards": "group", "snr_lr": False},
-        signal="oblr_po/baseline_shift",
-    )
+    method = declared("oblr_po")
+    extends = {"contribute": {}, "statistics": {}, "after_backward": {}, "before_update": {}}
+    replaces = {"baseline": {"oblr_weight": "none"}}
     config_class = OblrPoGRPOConfig
-    _name = "OBLR-PO"
-    _tag_names = ["trl", "papertrl", "grpo", "oblr-po"]
-    _paper = {
-        "title": "OBLR-PO: A Theoretical Framework for Stable Reinforcement Learning",
-        "id": "2511.23310",
-        "citation": "@article{oblrpo2025,\n    title   = {{OBLR-PO: A Theoretical Framework for Stable Reinforcement "
-        "Learning}},\n    year    = 2025,\n    eprint  = {arXiv:2511.23310}\n}",
-    }
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)

@@ -23,7 +23,7 @@ class PolicyRollout(PolicyBatching):
 
         Each treats a row by its tokens and logits alone. Append to `super().logits_processors()`.
         """
-        return LogitsProcessorList()
+        return LogitsProcessorList([p for component in self.slots for p in component.logits_processors()])
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
         if not self.args.fast_rollouts or self.use_vllm or self.use_transformers_continuous_batching:

@@ -16,19 +16,6 @@ from .rollout import PolicyRollout
 class PolicyRounds(PolicyRollout):
     """Stages from the choice of prompts to whole groups. See [`~papertrl.PolicyTrainer`] for how they fit in."""
 
-    @classmethod
-    def prompt_drawing_methods(cls, args: Any) -> list[str]:
-        """Names of the methods that, under the config `args`, choose or refill prompts. Extend through `super()`."""
-        return []
-
-    @classmethod
-    def row_replacing_methods(cls, args: Any) -> list[str]:
-        """
-        Names of the methods that, under the config `args`, put rows of their own making into groups. Extend through
-        `super()`.
-        """
-        return []
-
     # --- Stages -------------------------------------------------------------------------------------------------
 
     def choose_prompts(self, count: int, round: int) -> list[int] | None:
@@ -47,6 +34,9 @@ class PolicyRounds(PolicyRollout):
         Returns:
             `list[int]` of length `count`, or `None` (round 0 only) for the data loader's own rows.
         """
+        chooser = self.slots.prompts()
+        if chooser is not None:
+            return chooser.choose(count, round, self.keyed_generator(round))
         if round == 0:
             return None
         order = torch.randperm(len(self.train_dataset), generator=self.keyed_generator(round))
@@ -62,7 +52,10 @@ class PolicyRounds(PolicyRollout):
             prompts (`list`):
                 Prompt of each row, as text or messages.
         """
-        return Generation.from_trl(inputs, prompts, super()._generate(prompts))
+        generation = Generation.from_trl(inputs, prompts, super()._generate(prompts))
+        for component in self.slots:
+            component.sampled()
+        return generation
 
     def score(self, scored: ScoredBatch) -> torch.Tensor:
         """Stage *score*: rewards `(rows, sources)` from what the reward functions returned, in `scored.rewards`."""

@@ -3,8 +3,8 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.scaf_grpo import exempt_steps, weakest_success
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .draft import Draft
 from .record import ScoredBatch
@@ -74,22 +74,10 @@ class ScafGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="scaf_grpo",
-        summary="Puts a success with the smallest sufficient hint into groups that fail",
-        replaces={"repair": {"scaf_exempt_ratio": 1.0}},
-        neutral={"scaf_exempt_ratio": 1.0},
-        signal="scaf/repaired_groups",
-    )
+    method = declared("scaf_grpo")
+    extends = {"columns": {}}
+    replaces = {"repair": {"scaf_exempt_ratio": 1.0}}
     config_class = ScafGRPOConfig
-    _name = "Scaf-GRPO"
-    _tag_names = ["trl", "papertrl", "grpo", "scaf-grpo"]
-    _paper = {
-        "title": "Scaf-GRPO: Scaffolded Group Relative Policy Optimization for Enhancing LLM Reasoning",
-        "id": "2510.19807",
-        "citation": "@article{scafgrpo2025,\n    title   = {{Scaf-GRPO: Scaffolded Group Relative Policy Optimization "
-        "for Enhancing LLM Reasoning}},\n    year    = 2025,\n    eprint  = {arXiv:2510.19807}\n}",
-    }
 
     @classmethod
     def _scaffolds(cls, args) -> bool:
@@ -98,10 +86,6 @@ class ScafGRPOTrainer(PolicyTrainer):
     @classmethod
     def needed_columns(cls, args):
         return super().needed_columns(args) + [args.scaf_hints_column] * cls._scaffolds(args)
-
-    @classmethod
-    def row_replacing_methods(cls, args):
-        return super().row_replacing_methods(args) + ["scaf_grpo"] * cls._scaffolds(args)
 
     def groups_to_repair(self, scored: ScoredBatch) -> torch.Tensor | None:
         failing = super().groups_to_repair(scored)

@@ -42,7 +42,7 @@ class PolicyScoring(SharesPrompts, PolicyObjective):
         Any of `"logps"`, `"entropy"`, `"hidden_states"`, `"mlp_inputs"`. One pass serves all methods, and TRL itself
         where it makes one; with no needs there is no extra pass.
         """
-        return frozenset()
+        return frozenset().union(*(component.needs() for component in self.slots))
 
     def _set_up_scoring(self) -> None:
         self._capture_old_pass = False

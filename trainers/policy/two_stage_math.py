@@ -3,8 +3,8 @@
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.policy.two_stage_math import cosine_reward, relative_length_reward
-from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
 from .record import ScoredBatch
 
@@ -18,43 +18,50 @@ class TwoStageMathGRPOConfig(PolicyConfig):
     `top_p` 0.9 and `min_p` 0.05.
     """
 
-    cosine_weight: float = method_field(1.0, "Weight of the cosine reward on a completion's own length.", ge=0)
-    cosine_right: list[float] = method_field(
-        [1.0, 0.1], "Cosine reward of a right completion at no length and at L_max."
+    two_stage_cosine_weight: float = method_field(
+        1.0, "Weight of the cosine reward on a completion's own length.", ge=0, was="cosine_weight"
     )
-    cosine_wrong: list[float] = method_field([-1.0, -0.1], "The same of a wrong completion.")
-    cosine_max_length: int | None = method_field(
+    two_stage_cosine_right: list[float] = method_field(
+        [1.0, 0.1], "Cosine reward of a right completion at no length and at L_max.", was="cosine_right"
+    )
+    two_stage_cosine_wrong: list[float] = method_field(
+        [-1.0, -0.1], "The same of a wrong completion.", was="cosine_wrong"
+    )
+    two_stage_cosine_max_length: int | None = method_field(
         None,
         "L_max in tokens. `None` takes `max_completion_length`. The paper: 30,000 characters.",
         ge=1,
+        was="cosine_max_length",
     )
-    relative_length_weight: float = method_field(
-        1.0, "Weight of the reward on a completion's length relative to others.", ge=0
+    two_stage_relative_length_weight: float = method_field(
+        1.0, "Weight of the reward on a completion's length relative to others.", ge=0, was="relative_length_weight"
     )
-    relative_length_scope: str = method_field(
+    two_stage_relative_length_scope: str = method_field(
         "group",
         "Which others: the completions of its prompt, or the whole generation batch. The released code takes what one "
         "call of the reward function holds, several prompts of one process.",
         choices=("group", "batch"),
+        was="relative_length_scope",
     )
-    correctness_reward: str | None = method_field(
+    two_stage_correctness_reward: str | None = method_field(
         None,
         "Name of the reward function that is above `success_threshold` on right completions. `None` takes the "
         "weighted sum of all.",
+        was="correctness_reward",
     )
 
     def validate(self):
         super().validate()
-        for name in ("cosine_right", "cosine_wrong"):
+        for name in ("two_stage_cosine_right", "two_stage_cosine_wrong"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"`{name}` must be two numbers, got {getattr(self, name)}.")
-        (short, long), (wrong_short, wrong_long) = self.cosine_right, self.cosine_wrong
+        (short, long), (wrong_short, wrong_long) = self.two_stage_cosine_right, self.two_stage_cosine_wrong
         if not short >= long >= wrong_long >= wrong_short:
             raise ValueError(
-                "`cosine_right` must fall, `cosine_wrong` must rise, and a right completion be worth more at any "
-                f"length, got {self.cosine_right} and {self.cosine_wrong}."
+                "`two_stage_cosine_right` must fall, `two_stage_cosine_wrong` must rise, and a right completion be worth more at any "
+                f"length, got {self.two_stage_cosine_right} and {self.two_stage_cosine_wrong}."
             )
-        shaped = self.cosine_weight > 0 or self.relative_length_weight > 0
+        shaped = self.two_stage_cosine_weight > 0 or self.two_stage_relative_length_weight > 0
         if shaped and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "Length rewards are added to the summed reward: `multi_objective_aggregation` must be "
@@ -80,7 +87,7 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
     Lengths are tokens here and groups those of all ranks; the released code counts characters and compares what one
     process holds. The paper's R is whether a boxed answer stands before the end of thinking
     (`--reward_funcs boxed_format`); correctness enters through the length rewards alone. For that, pass both rewards
-    with `correctness_reward` and weights 0 and 1. The usual R, correctness, is weighted like the others here.
+    with `two_stage_correctness_reward` and weights 0 and 1. The usual R, correctness, is weighted like the others here.
 
     Relations:
         DLER gives no reward beyond a hard limit instead. [`~papertrl.rewards.cosine_length`] and
@@ -100,49 +107,36 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
     ```
     """
 
-    method = Method(
-        name="two_stage_math",
-        summary="After SFT on long traces, rewards right answers for being short: by a cosine, and within the group",
-        replaces={"combine_rewards": {"cosine_weight": 0.0, "relative_length_weight": 0.0}},
-        neutral={"cosine_weight": 0.0, "relative_length_weight": 0.0},
-        signal="two_stage_math/length_reward_size",
-    )
+    method = declared("two_stage_math")
+    replaces = {"combine_rewards": {"two_stage_cosine_weight": 0.0, "two_stage_relative_length_weight": 0.0}}
     config_class = TwoStageMathGRPOConfig
-    _name = "Two-stage recipe"
-    _tag_names = ["trl", "papertrl", "grpo", "two-stage-math"]
-    _paper = {
-        "title": "A Practical Two-Stage Recipe for Mathematical LLMs: Maximizing Accuracy with SFT and Efficiency "
-        "with Reinforcement Learning",
-        "id": "2507.08267",
-        "citation": "@article{twostagemath2025,\n    title   = {{A Practical Two-Stage Recipe for Mathematical LLMs: "
-        "Maximizing Accuracy with SFT and Efficiency with Reinforcement Learning}},\n    year    = 2025,\n    "
-        "eprint  = {arXiv:2507.08267}\n}",
-    }
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
-        name = self.args.correctness_reward
+        name = self.args.two_stage_correctness_reward
         if name is not None and name not in self.reward_func_names:
-            raise ValueError(f"`correctness_reward` must be one of {self.reward_func_names}, got {name!r}.")
+            raise ValueError(f"`two_stage_correctness_reward` must be one of {self.reward_func_names}, got {name!r}.")
 
     def combine_rewards(self, scored: ScoredBatch) -> torch.Tensor:
         combined = super().combine_rewards(scored)
         args = self.args
-        if args.cosine_weight == 0 and args.relative_length_weight == 0:
+        if args.two_stage_cosine_weight == 0 and args.two_stage_relative_length_weight == 0:
             return combined
-        name = args.correctness_reward
+        name = args.two_stage_correctness_reward
         if name is None:
             correct = self.solved(scored)
         else:
             correct = scored.rewards[:, self.reward_func_names.index(name)] > args.success_threshold
         # Rows that nobody scored are compared with nobody
         lengths = scored.lengths.to(combined).masked_fill(combined.isnan(), torch.nan)
-        max_length = args.cosine_max_length or self.max_completion_length
-        cosine = cosine_reward(lengths, correct, max_length, tuple(args.cosine_right), tuple(args.cosine_wrong))
-        in_group = args.relative_length_scope == "group"
+        max_length = args.two_stage_cosine_max_length or self.max_completion_length
+        cosine = cosine_reward(
+            lengths, correct, max_length, tuple(args.two_stage_cosine_right), tuple(args.two_stage_cosine_wrong)
+        )
+        in_group = args.two_stage_relative_length_scope == "group"
         compared = scored.group_ids if in_group else torch.zeros_like(scored.group_ids)
         relative = relative_length_reward(lengths, correct, compared)
-        added = args.cosine_weight * cosine + args.relative_length_weight * relative
+        added = args.two_stage_cosine_weight * cosine + args.two_stage_relative_length_weight * relative
         for metric, value in (("cosine", cosine), ("relative_length", relative), ("length_reward_size", added.abs())):
             self.log_metric(f"two_stage_math/{metric}", torch.nan_to_num(torch.nanmean(value)))
         for verdict, rows in (("right", correct), ("wrong", ~correct)):

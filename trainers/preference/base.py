@@ -13,6 +13,7 @@ from trl.trainer.dpo_trainer import global_then_local_main_first
 from trl.trainer.utils import use_adapter
 
 from ...core.configuration import MethodConfigMixin, method_config, method_field
+from ...core.family import PREFERENCE
 from ...losses.preference.pair_losses import call_pair_loss
 from ...losses.preference.scores import divergence_score, sequence_logps, wpo_weights
 from ...losses.terms import LossTerm
@@ -152,24 +153,40 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
         `ValueError`: if the dataset lacks a column, or the online loop has nobody to judge, or two that do.
     """
 
-    family = "preference"
-    trl_suffix = "DPOTrainer"
-    stages = (
-        "choose_prompts",
-        "propose",
-        "judge",
-        "pair",
-        "select_pairs",
-        "prepare",
-        "collate",
-        "sample",
-        "statistics",
-        "scores",
-        "margin",
-        "pair_losses",
-        "smoothing",
-        "pair_weights",
-        "extra_terms",
+    family = PREFERENCE
+    stages = {
+        "columns": ("needed_columns", "dataset_formats"),
+        "choose_prompts": ("choose_prompts",),
+        "propose": ("propose",),
+        "judge": ("judge", "needs_scores"),
+        "pair": ("pair",),
+        "select_pairs": ("select_pairs",),
+        "prepare": ("prepare",),
+        "collate": ("carried", "collate"),
+        "sample": ("sample",),
+        "statistics": ("statistics",),
+        "scores": ("scores",),
+        "margin": ("margin",),
+        "pair_losses": ("pair_losses",),
+        "smoothing": ("smoothing",),
+        "pair_weights": ("pair_weights",),
+        "extra_terms": ("extra_terms",),
+        "after_backward": ("after_backward",),
+        "before_update": ("before_update",),
+    }
+    hooks = (
+        *MethodTrainer.hooks,
+        "check_online",
+        # For ofs_dpo and irpo, until the base has services for them
+        "log_metric",
+        "create_optimizer",
+        "_load_from_checkpoint",
+        "reference_logps",
+        "_compute_loss",
+        "pair_terms",
+        "training_step",
+        "train",
+        "_prepare_dataset",
     )
     config_class = PreferenceConfig
     _tag_names = ["trl", "papertrl", "dpo"]
@@ -183,17 +200,15 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
         reward_funcs=None,
         judge=None,
         reward_processing_classes=None,
+        stages=None,
         **trl_kwargs,
     ):
-        args = self.make_config(args, model)
-        dataset = trl_args[1] if len(trl_args) > 1 else trl_kwargs.get("train_dataset")
-        self.check_columns(dataset, args)
-        # The stage *prepare* runs inside of TRL's constructor, before it sets this
-        self.args = args
+        given = self.trl_arguments(DPOTrainer, model, ref_model, args, *trl_args, stages=stages, **trl_kwargs)
+        args, dataset = given["args"], given.get("train_dataset")
         self.check_online(dataset, reward_funcs, judge)
         # What TRL must leave as it is
         self._prompts = dataset if args.online_iterations > 0 else None
-        super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
+        super().__init__(**given)
         if args.online_iterations > 0:
             self.set_up_online(reward_funcs, judge, reward_processing_classes)
         if self.carried():
@@ -205,6 +220,7 @@ class PreferenceTrainer(PreferenceRounds, MethodTrainer, SharesPrompts, DPOTrain
             self.data_collator = CarryingCollator(self.data_collator, self.collate)
         fields = ("log_probs", "entropy", "mean_logits", "is_top1")
         self._set_up_sharing(1.0, False, (*fields, "log_sum_sq_probs") if self.use_weighting else fields)
+        self.attach_slots()
 
     # --- Rows ---------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,6 @@
 """DRIFT: iterated DPO of improved answers against the answers that users were not satisfied with."""
 
 import string
-import textwrap
 from collections import Counter
 from typing import Any
 
@@ -9,12 +8,12 @@ import torch
 from trl.data_utils import is_conversational
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.drift import unusable
 from ...losses.terms import LossTerm
 from ...metrics.estimators import distinct_n
 from ...models.tokenization import template_options, tokenize_prompt
 from ...rewards.matching import completion_text
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Group, Pair
 from .record import PreferenceRecord
@@ -134,27 +133,9 @@ class DriftDPOTrainer(PreferenceTrainer):
     """
 
     config_class = DriftDPOConfig
-    method = Method(
-        name="drift",
-        summary="Improved answers, sampled with the user's feedback in view, against those that were rejected",
-        extends=("extra_terms",),
-        replaces={"propose": {"online_iterations": 0}, "pair": {"online_iterations": 0}},
-        neutral={"online_iterations": 0, "drift_nll_coef": 0.0},
-        signal="online/drift_kept_share",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "drift"]
-    _name = "DRIFT"
-    _paper = {
-        "title": "DRIFT: Learning from Abundant User Dissatisfaction in Real-World Preference Learning",
-        "id": "2510.02341",
-        "citation": textwrap.dedent("""\
-            @article{wang2025drift,
-                title         = {{DRIFT: Learning from Abundant User Dissatisfaction in Real-World Preference Learning}},
-                author        = {Yifan Wang and Bolian Li and Junlin Wu and Zhaoxuan Tan and Zheli Liu and Ruqi Zhang and Ananth Grama and Qingkai Zeng},
-                year          = 2025,
-                eprint        = {arXiv:2510.02341}
-            }"""),  # noqa: E501
-    }
+    method = declared("drift")
+    extends = {"columns": {}, "judge": {}, "extra_terms": {}}
+    replaces = {"propose": {"online_iterations": 0}, "pair": {"online_iterations": 0}}
 
     @classmethod
     def needs_scores(cls, args: Any) -> bool:

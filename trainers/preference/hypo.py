@@ -1,16 +1,15 @@
 """HyPO: offline preference optimization with a reverse-KL penalty on the policy's own samples."""
 
 import math
-import textwrap
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.hypo import online_kl_weights
 from ...losses.terms import LossTerm
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 from .sampling import SampledCompletions, left_padded_prompts, sample_completions, sample_seeds
@@ -20,32 +19,44 @@ from .sampling import SampledCompletions, left_padded_prompts, sample_completion
 class HypoDPOConfig(PreferenceConfig):
     """Configuration of [`HypoDPOTrainer`]."""
 
-    online_kl_coef: float = method_field(
+    hypo_kl_coef: float = method_field(
         1e-4,
         "Weight λ of the penalty; 0 is DPO and generates nothing. The default is recalled from the paper's "
         "summarization run, with completions of some 50 tokens. The gradient estimate grows with the square of the "
         "length: toy tasks with a few tokens want 0.01 to 0.5.",
         ge=0.0,
+        was="online_kl_coef",
     )
-    online_kl_num_samples: int = method_field(
-        2, "Completions sampled per prompt. Default of the paper's summarization run.", ge=1
+    hypo_kl_num_samples: int = method_field(
+        2,
+        "Completions sampled per prompt. Default of the paper's summarization run.",
+        ge=1,
+        was="online_kl_num_samples",
     )
-    online_kl_estimator: str = method_field(
+    hypo_kl_estimator: str = method_field(
         "rloo",
         "`rloo` subtracts from a sample's log-ratio the mean of the prompt's other samples, as in the paper's "
         "summarization run; `reinforce` takes it as it is, with more variance.",
         choices=("rloo", "reinforce"),
+        was="online_kl_estimator",
     )
-    online_kl_clip: float | None = method_field(
+    hypo_kl_clip: float | None = method_field(
         None,
         "Bound on the absolute log-ratio of a sample, in nats: less variance, some bias. An option of this library.",
         gt=0.0,
+        was="online_kl_clip",
     )
-    online_kl_every: int = method_field(
-        1, "Sample at every this many optimizer steps; the steps between are DPO. An option of this library.", ge=1
+    hypo_kl_every: int = method_field(
+        1,
+        "Sample at every this many optimizer steps; the steps between are DPO. An option of this library.",
+        ge=1,
+        was="online_kl_every",
     )
-    online_kl_max_new_tokens: int = method_field(
-        64, "Longest sampled completion, in tokens. Set it to the length of the task's answers.", ge=1
+    hypo_kl_max_new_tokens: int = method_field(
+        64,
+        "Longest sampled completion, in tokens. Set it to the length of the task's answers.",
+        ge=1,
+        was="online_kl_max_new_tokens",
     )
     beta: float = method_field(
         0.05, "Deviation from the reference model in the DPO part. Recalled from the paper.", gt=0.0
@@ -53,16 +64,16 @@ class HypoDPOConfig(PreferenceConfig):
 
     def validate(self) -> None:
         super().validate()
-        if self.online_kl_coef == 0:
+        if self.hypo_kl_coef == 0:
             return
-        if self.online_kl_estimator == "rloo" and self.online_kl_num_samples < 2:
+        if self.hypo_kl_estimator == "rloo" and self.hypo_kl_num_samples < 2:
             raise ValueError(
-                f"`online_kl_estimator='rloo'` needs `online_kl_num_samples` of at least 2, got "
-                f"{self.online_kl_num_samples}. Raise it, or set `online_kl_estimator='reinforce'`."
+                f"`hypo_kl_estimator='rloo'` needs `hypo_kl_num_samples` of at least 2, got "
+                f"{self.hypo_kl_num_samples}. Raise it, or set `hypo_kl_estimator='reinforce'`."
             )
         if self.truncation_mode != "keep_start":
             raise ValueError(
-                f"`online_kl_coef={self.online_kl_coef}` samples from the prompt and needs `truncation_mode="
+                f"`hypo_kl_coef={self.hypo_kl_coef}` samples from the prompt and needs `truncation_mode="
                 f"'keep_start'`, got {self.truncation_mode!r}, which cuts the prompt."
             )
 
@@ -80,7 +91,7 @@ class HypoDPOTrainer(PreferenceTrainer):
 
     Samples come from the whole distribution at temperature 1, without dropout and without the penalties and filters of
     the model's generation config. They depend on `seed`, the optimizer step and the pair only, so that a resumed run
-    and a run on another number of processes draw the same. Completions that reach `online_kl_max_new_tokens` count.
+    and a run on another number of processes draw the same. Completions that reach `hypo_kl_max_new_tokens` count.
     Evaluation generates nothing and reports the DPO part alone. A pair whose prompt is empty has no samples.
 
     Args:
@@ -113,7 +124,7 @@ class HypoDPOTrainer(PreferenceTrainer):
     >>> model = tiny_model(tokenizer)
     >>> dataset = Dataset.from_dict({"prompt": ["1+1="] * 8, "chosen": ["2"] * 8, "rejected": ["3"] * 8})
     >>> args = HypoDPOConfig(
-    ...     "/tmp/hypo", online_kl_coef=0.1, online_kl_max_new_tokens=4, max_steps=1, bf16=False, use_cpu=True,
+    ...     "/tmp/hypo", hypo_kl_coef=0.1, hypo_kl_max_new_tokens=4, max_steps=1, bf16=False, use_cpu=True,
     ...     report_to="none", disable_tqdm=True,
     ... )
     >>> trainer = HypoDPOTrainer(model, deepcopy(model), args, train_dataset=dataset, processing_class=tokenizer)
@@ -125,48 +136,30 @@ class HypoDPOTrainer(PreferenceTrainer):
     """
 
     config_class = HypoDPOConfig
-    method = Method(
-        name="hypo",
-        summary="DPO plus a reverse-KL penalty on samples of the current policy",
-        extends=("sample", "extra_terms"),
-        neutral={"online_kl_coef": 0.0, "beta": 0.1},
-        signal="completions/mean_length",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "hypo"]
-    _name = "HyPO"
-    _paper = {
-        "title": "The Importance of Online Data: Understanding Preference Fine-tuning via Coverage",
-        "id": "2406.01462",
-        "citation": textwrap.dedent("""\
-            @article{song2024importance,
-                title         = {{The Importance of Online Data: Understanding Preference Fine-tuning via Coverage}},
-                author        = {Yuda Song and Gokul Swamy and Aarti Singh and J. Andrew Bagnell and Wen Sun},
-                year          = 2024,
-                eprint        = {arXiv:2406.01462}
-            }"""),
-    }
+    method = declared("hypo")
+    extends = {"sample": {}, "extra_terms": {}}
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
-        if self.args.online_kl_coef == 0:
+        if self.args.hypo_kl_coef == 0:
             return
         if self.ref_model is None and not is_peft_model(self.model):
             raise ValueError(
-                "`online_kl_coef` > 0 scores samples under the reference model, which `precompute_ref_log_probs=True` "
+                "`hypo_kl_coef` > 0 scores samples under the reference model, which `precompute_ref_log_probs=True` "
                 "does not keep. Set `precompute_ref_log_probs=False`, pass `ref_model`, or train with PEFT."
             )
         if self._is_vision_dataset:
-            raise ValueError("`online_kl_coef` > 0 does not support datasets with images. Set `online_kl_coef=0`.")
+            raise ValueError("`hypo_kl_coef` > 0 does not support datasets with images. Set `hypo_kl_coef=0`.")
 
     def sample(self, inputs: dict[str, Any]) -> dict[str, SampledCompletions]:
         samples = super().sample(inputs)
         args = self.args
-        acts = args.online_kl_coef > 0 and self.model.training and self.state.global_step % args.online_kl_every == 0
+        acts = args.hypo_kl_coef > 0 and self.model.training and self.state.global_step % args.hypo_kl_every == 0
         if not acts:
             return samples
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
         half = {name: rows.chunk(2)[0] for name, rows in batch.items()}
-        k, pad_token_id = args.online_kl_num_samples, self._tokenizer.pad_token_id
+        k, pad_token_id = args.hypo_kl_num_samples, self._tokenizer.pad_token_id
         prompts = left_padded_prompts(**half, pad_token_id=pad_token_id)
         prompt_ids, prompt_padding_mask, prompt_mask = (rows.repeat_interleave(k, dim=0) for rows in prompts)
         seeds = sample_seeds(args.seed, self.state.global_step, batch["input_ids"], batch["attention_mask"], k)
@@ -176,7 +169,7 @@ class HypoDPOTrainer(PreferenceTrainer):
                 prompt_ids,
                 prompt_padding_mask,
                 seeds,
-                args.online_kl_max_new_tokens,
+                args.hypo_kl_max_new_tokens,
                 pad_token_id,
                 self.eos_token_ids(unwrapped_model),
             )
@@ -192,15 +185,15 @@ class HypoDPOTrainer(PreferenceTrainer):
         ref_logps = self.score_sequences(model, *sequences, role="reference").sum(1)
         log_ratios = logps.detach() - ref_logps
         weights = online_kl_weights(
-            log_ratios.view(-1, samples.num_samples), self.args.online_kl_estimator, self.args.online_kl_clip
+            log_ratios.view(-1, samples.num_samples), self.args.hypo_kl_estimator, self.args.hypo_kl_clip
         )
         self._log_samples(samples, log_ratios)
         surrogate = weights.flatten() * logps
-        return [*terms, LossTerm("online_kl", surrogate, mask=samples.prompt_mask, coef=self.args.online_kl_coef)]
+        return [*terms, LossTerm("online_kl", surrogate, mask=samples.prompt_mask, coef=self.args.hypo_kl_coef)]
 
     def _log_samples(self, samples: SampledCompletions, log_ratios: torch.Tensor) -> None:
         mask = samples.prompt_mask
-        clip = self.args.online_kl_clip
+        clip = self.args.hypo_kl_clip
         sums = {
             "count": mask.sum(),
             "mean": (log_ratios * mask).sum(),

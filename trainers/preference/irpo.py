@@ -1,6 +1,5 @@
 """IRPO: preference optimization on lists of ranked items, which stand in one context or apart."""
 
-import textwrap
 from typing import Any
 
 import torch
@@ -8,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from trl.trainer.utils import pad
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.irpo import (
     exchanged_weights,
     item_scores,
@@ -19,7 +19,6 @@ from ...losses.preference.irpo import (
 from ...losses.preference.scores import sequence_logps
 from ...losses.terms import LossTerm
 from ...models.tokenization import stack_sequences
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .ranking import best_and_worst, tokenize_list
 from .record import PreferenceRecord
@@ -131,25 +130,12 @@ class IrpoDPOTrainer(PreferenceTrainer):
     """
 
     config_class = IrpoDPOConfig
-    method = Method(
-        name="irpo",
-        summary="Ranks lists of items by graded relevance, in one context or apart",
-        extends=("prepare", "collate"),
-        replaces={stage: {"irpo_weighting": "none"} for stage in ("statistics", "scores", "pair_losses")},
-        neutral={"irpo_weighting": "none", "beta": 0.1},
-        signal="irpo/items",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "irpo"]
-    _name = "IRPO"
-    _paper = {
-        "title": "In-context Ranking Preference Optimization",
-        "id": "2504.15477",
-        "citation": textwrap.dedent("""\
-            @article{irpo2025incontext,
-                title         = {{In-context Ranking Preference Optimization}},
-                year          = 2025,
-                eprint        = {arXiv:2504.15477}
-            }"""),
+    method = declared("irpo")
+    extends = {"columns": {}, "prepare": {}, "collate": {}}
+    replaces = {
+        "statistics": {"irpo_weighting": "none"},
+        "scores": {"irpo_weighting": "none"},
+        "pair_losses": {"irpo_weighting": "none"},
     }
 
     # --- Rows ---------------------------------------------------------------------------------------------------

@@ -1,13 +1,11 @@
 """LN-DPO: direct preference optimization on log-ratios per token."""
 
-import textwrap
-
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.ln_dpo import length_divisor
 from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 
@@ -19,12 +17,13 @@ _NORMALIZABLE = [name for name, needs in PAIR_LOSS_INPUTS.items() if "margin" in
 class LnDPOConfig(PreferenceConfig):
     """Configuration of [`LnDPOTrainer`]."""
 
-    length_norm_power: float = method_field(
+    ln_dpo_length_norm_power: float = method_field(
         1.0,
         "Power p of the completion length that divides each completion's score: 1 is LN-DPO, 0 is DPO, values between "
         "are this library's interpolation.",
         ge=0.0,
         le=1.0,
+        was="length_norm_power",
     )
     beta: float = method_field(
         2.0,
@@ -37,10 +36,10 @@ class LnDPOConfig(PreferenceConfig):
     def validate(self) -> None:
         super().validate()
         refused = [name for name in self.loss_type if name not in _NORMALIZABLE]
-        if self.length_norm_power and refused:
+        if self.ln_dpo_length_norm_power and refused:
             raise ValueError(
-                f"`length_norm_power={self.length_norm_power}` needs `loss_type`s that are functions of the margin, "
-                f"{_NORMALIZABLE}, got {refused}. Choose among these, or set `length_norm_power=0`."
+                f"`ln_dpo_length_norm_power={self.ln_dpo_length_norm_power}` needs `loss_type`s that are functions of the margin, "
+                f"{_NORMALIZABLE}, got {refused}. Choose among these, or set `ln_dpo_length_norm_power=0`."
             )
 
 
@@ -50,7 +49,7 @@ class LnDPOTrainer(PreferenceTrainer):
 
     With h(y) = Σ_t [log π_θ(y_t|·) − log π_ref(y_t|·)] over the completion's scored tokens, EOS included,
 
-    L = −mean log σ(β · (h(y_w) / |y_w|^p − h(y_l) / |y_l|^p)),  p = `length_norm_power` = 1
+    L = −mean log σ(β · (h(y_w) / |y_w|^p − h(y_l) / |y_l|^p)),  p = `ln_dpo_length_norm_power` = 1
 
     An empty completion counts as one of length 1 with score 0. With `ld_alpha` the numerator is reweighted, the length
     is not; with another `f_divergence_type` its score is divided in place of h. `rewards/*` stay as TRL logs them, on
@@ -92,31 +91,14 @@ class LnDPOTrainer(PreferenceTrainer):
     """
 
     config_class = LnDPOConfig
-    method = Method(
-        name="ln_dpo",
-        summary="DPO on log-ratios divided by the completion length",
-        extends=("scores",),
-        neutral={"length_norm_power": 0.0, "beta": 0.1},
-        signal="length_norm/divisor",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "ln-dpo"]
-    _name = "LN-DPO"
-    _paper = {
-        "title": "The Hitchhiker's Guide to Human Alignment with *PO",
-        "id": "2407.15229",
-        "citation": textwrap.dedent("""\
-            @article{lndpo2024hitchhikers,
-                title         = {{The Hitchhiker's Guide to Human Alignment with *PO}},
-                year          = 2024,
-                eprint        = {arXiv:2407.15229}
-            }"""),
-    }
+    method = declared("ln_dpo")
+    extends = {"scores": {}}
 
     def scores(self, record: PreferenceRecord) -> tuple[torch.Tensor, torch.Tensor]:
         chosen, rejected = super().scores(record)
-        if self.args.length_norm_power == 0:
+        if self.args.ln_dpo_length_norm_power == 0:
             return chosen, rejected
-        divisor = length_divisor(record.lengths, self.args.length_norm_power)
+        divisor = length_divisor(record.lengths, self.args.ln_dpo_length_norm_power)
         chosen_divisor, rejected_divisor = divisor.chunk(2)
         self.log_mean("length_norm/divisor", divisor.sum(), divisor.new_tensor(len(divisor)))
         return chosen / chosen_divisor, rejected / rejected_divisor

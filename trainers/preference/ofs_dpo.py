@@ -1,6 +1,5 @@
 """OFS-DPO: two adapters of different speed that chase each other."""
 
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,9 +15,9 @@ from torch.nn.utils import get_total_norm
 from trl.trainer.utils import disable_dropout_in_model
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.ofs_dpo import chase
 from ...losses.terms import LossTerm
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 
@@ -144,25 +143,8 @@ class OfsDPOTrainer(PreferenceTrainer):
     """
 
     config_class = OfsDPOConfig
-    method = Method(
-        name="ofs_dpo",
-        summary="Two adapters of different speed, trained on the same pairs, chase each other's margins",
-        extends=("extra_terms",),
-        neutral={"ofs_alpha": None},
-        signal="loss/ofs_chase",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "ofs-dpo"]
-    _name = "OFS-DPO"
-    _paper = {
-        "title": "Online DPO: Online Direct Preference Optimization with Fast-Slow Chasing",
-        "id": "2406.05534",
-        "citation": textwrap.dedent("""\
-            @article{ofsdpo2024chasing,
-                title         = {{Online DPO: Online Direct Preference Optimization with Fast-Slow Chasing}},
-                year          = 2024,
-                eprint        = {arXiv:2406.05534}
-            }"""),
-    }
+    method = declared("ofs_dpo")
+    extends = {"extra_terms": {}}
 
     _scores_slow = False
 

@@ -1,14 +1,13 @@
 """RLHF Workflow: online iterative DPO on two of many sampled completions."""
 
-import textwrap
 from statistics import fmean
 
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.rlhf_workflow import CHOOSE_TYPES, choose_pair
 from ...losses.preference.scores import either_wrong
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Group, Pair
 from .record import PreferenceRecord
@@ -137,27 +136,9 @@ class RlhfWorkflowDPOTrainer(PreferenceTrainer):
     """
 
     config_class = RlhfWorkflowDPOConfig
-    method = Method(
-        name="rlhf_workflow",
-        summary="Online iterative DPO on the best and the worst of many sampled completions",
-        extends=("smoothing",),
-        replaces={"pair": {"online_iterations": 0}},
-        neutral={"online_iterations": 0, "max_length": 1024},
-        signal="online/rlhf_reward_gap",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "rlhf-workflow"]
-    _name = "RLHF Workflow"
-    _paper = {
-        "title": "RLHF Workflow: From Reward Modeling to Online RLHF",
-        "id": "2405.07863",
-        "citation": textwrap.dedent("""\
-            @article{dong2024rlhf,
-                title         = {{RLHF Workflow: From Reward Modeling to Online RLHF}},
-                author        = {Hanze Dong and Wei Xiong and Bo Pang and Haoxiang Wang and Han Zhao and Yingbo Zhou and Nan Jiang and Doyen Sahoo and Caiming Xiong and Tong Zhang},
-                year          = 2024,
-                eprint        = {arXiv:2405.07863}
-            }"""),  # noqa: E501
-    }
+    method = declared("rlhf_workflow")
+    extends = {"smoothing": {}}
+    replaces = {"pair": {"online_iterations": 0}}
 
     def pair(self, groups: list[Group]) -> list[Pair]:
         args = self.args

@@ -28,7 +28,7 @@ from trl.trainer.utils import get_config_model_id
 
 from ...hub.files import PROVENANCE, ROUNDS
 from ...models.tokenization import template_options, tokenize_completions, tokenize_prompt, with_end
-from ..method import last_complete_checkpoint
+from ..checkpoints import last_complete_checkpoint
 from ..reference import REFERENCE_ADAPTER, keep_adapter
 from .candidates import Candidate, Group, Pair, best_against_worst, candidates_table, pairs_dataset
 from .judging import Judge, RewardScorer, compare

@@ -1,13 +1,11 @@
 """RPO: direct preference optimization with an imitation term on the chosen completions."""
 
-import textwrap
-
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.rpo import sequence_nll
 from ...losses.terms import LossTerm
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 
@@ -90,27 +88,8 @@ class RpoDPOTrainer(PreferenceTrainer):
     """
 
     config_class = RpoDPOConfig
-    method = Method(
-        name="rpo",
-        summary="DPO plus an imitation term on the chosen completions",
-        extends=("extra_terms",),
-        neutral={"rpo_aggregation": "cumulative", "rpo_eta": 0.0, "beta": 0.1},
-        signal="loss/rpo_nll",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "rpo"]
-    _name = "RPO"
-    _paper = {
-        "title": "Provably Mitigating Overoptimization in RLHF: "
-        "Your SFT Loss is Implicitly an Adversarial Regularizer",
-        "id": "2405.16436",
-        "citation": textwrap.dedent("""\
-            @article{liu2024provably,
-                title         = {{Provably Mitigating Overoptimization in RLHF: Your SFT Loss is Implicitly an Adversarial Regularizer}},
-                author        = {Zhihan Liu and Miao Lu and Shenao Zhang and Boyi Liu and Hongyi Guo and Yingxiang Yang and Jose Blanchet and Zhaoran Wang},
-                year          = 2024,
-                eprint        = {arXiv:2405.16436}
-            }"""),  # noqa: E501
-    }
+    method = declared("rpo")
+    extends = {"extra_terms": {}}
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)

@@ -1,6 +1,5 @@
 """RSO: preference pairs among candidates that statistical rejection sampling accepts."""
 
-import textwrap
 from dataclasses import replace
 from statistics import fmean
 
@@ -8,9 +7,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
 from ...losses.preference.rso import Accepted, collapse_equal, point_reward, rejection_sample
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
@@ -152,28 +151,9 @@ class RsoDPOTrainer(PreferenceTrainer):
     """
 
     config_class = RsoDPOConfig
-    method = Method(
-        name="rso",
-        summary="Pairs of candidates that rejection sampling draws from the optimal policy",
-        extends=("scores",),
-        replaces={"judge": {"rso_pairing": "none"}, "pair": {"rso_pairing": "none"}},
-        neutral={"online_iterations": 0, "beta": 0.1},
-        signal="online/rso_acceptance",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "rso"]
-    _name = "RSO"
-    _paper = {
-        "title": "Statistical Rejection Sampling Improves Preference Optimization",
-        "id": "2309.06657",
-        "citation": textwrap.dedent("""\
-            @inproceedings{liu2024statistical,
-                title         = {{Statistical Rejection Sampling Improves Preference Optimization}},
-                author        = {Tianqi Liu and Yao Zhao and Rishabh Joshi and Misha Khalman and Mohammad Saleh and Peter J. Liu and Jialu Liu},
-                booktitle     = {International Conference on Learning Representations},
-                year          = 2024,
-                eprint        = {arXiv:2309.06657}
-            }"""),  # noqa: E501
-    }
+    method = declared("rso")
+    extends = {"scores": {}}
+    replaces = {"judge": {"rso_pairing": "none"}, "pair": {"rso_pairing": "none"}}
 
     def judge(self, groups: list[Group]) -> None:
         if self.judge_func is None or self.args.rso_pairing == "none":

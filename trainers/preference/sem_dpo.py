@@ -1,6 +1,5 @@
 """Sem-DPO: pairs whose chosen completion means something else than the prompt count less."""
 
-import textwrap
 from typing import Any
 
 import torch
@@ -8,10 +7,10 @@ from datasets import Dataset, IterableDataset
 from trl.data_utils import get_dataset_column_names
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...data.messages import last_text
 from ...losses.preference.sem_dpo import semantic_distance, semantic_weights
 from ...models.encoders import Encoder, encode, load_encoder
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 
@@ -111,25 +110,8 @@ class SemDPOTrainer(PreferenceTrainer):
     """
 
     config_class = SemDPOConfig
-    method = Method(
-        name="sem_dpo",
-        summary="DPO that counts pairs less whose chosen completion strays from the prompt's meaning",
-        extends=("prepare", "collate", "pair_weights"),
-        neutral={"sem_alpha": 0.0},
-        signal="sem_dpo/distance",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "sem-dpo"]
-    _name = "Sem-DPO"
-    _paper = {
-        "title": "Sem-DPO: Mitigating Semantic Inconsistency in Preference Optimization for Prompt Engineering",
-        "id": "2507.20133",
-        "citation": textwrap.dedent("""\
-            @article{semdpo2025,
-                title         = {{Sem-DPO: Mitigating Semantic Inconsistency in Preference Optimization for Prompt Engineering}},
-                year          = 2025,
-                eprint        = {arXiv:2507.20133}
-            }"""),  # noqa: E501
-    }
+    method = declared("sem_dpo")
+    extends = {"prepare": {}, "collate": {}, "pair_weights": {}}
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, sem_encoder: Encoder | None = None, **trl_kwargs):
         self._sem_encoder = sem_encoder

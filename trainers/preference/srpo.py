@@ -1,6 +1,5 @@
 """SRPO: a policy and its own improver, trained on pairs, for answers that are revised at inference."""
 
-import textwrap
 from dataclasses import replace
 from typing import Any
 
@@ -9,11 +8,11 @@ from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...evaluation.revision import CHAT_REQUEST, TEXT_TEMPLATE, revision_prompt
 from ...losses.preference.srpo import improver_loss, joint_loss
 from ...losses.terms import LossTerm
 from ...models.tokenization import stack_sequences, template_options, tokenize_prompt
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 from .replaced import refuse_settings_of_pair_losses
@@ -122,26 +121,9 @@ class SrpoDPOTrainer(PreferenceTrainer):
     """
 
     config_class = SrpoDPOConfig
-    method = Method(
-        name="srpo",
-        summary="Trains policy and improver on the same pairs, for answers revised at inference",
-        extends=("prepare", "collate", "statistics"),
-        replaces={"pair_losses": {"srpo_alpha": None}},
-        neutral={"srpo_alpha": None, "beta": 0.1},
-        signal="loss/improver",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "srpo"]
-    _name = "SRPO"
-    _paper = {
-        "title": "Self-Improving Robust Preference Optimization",
-        "id": "2406.01660",
-        "citation": textwrap.dedent("""\
-            @article{srpo2024selfimproving,
-                title         = {{Self-Improving Robust Preference Optimization}},
-                year          = 2024,
-                eprint        = {arXiv:2406.01660}
-            }"""),
-    }
+    method = declared("srpo")
+    extends = {"prepare": {}, "collate": {}, "statistics": {}}
+    replaces = {"pair_losses": {"srpo_alpha": None}}
 
     # --- Rows ---------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 """UPO: pairs whose labels a classifier is sure of, the others smoothed or left out."""
 
-import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedModel
 from trl import DPOTrainer
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.rpo import sequence_nll
 from ...losses.preference.scores import either_wrong
 from ...losses.preference.upo import (
@@ -23,7 +23,6 @@ from ...losses.preference.upo import (
 )
 from ...losses.terms import LossTerm
 from ...models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
@@ -193,28 +192,9 @@ class UpoDPOTrainer(PreferenceTrainer):
     """
 
     config_class = UpoDPOConfig
-    method = Method(
-        name="upo",
-        summary="Selects and smooths pairs by the uncertainty of a pair classifier",
-        extends=("select_pairs", "collate", "smoothing", "extra_terms"),
-        replaces={"pair": {"upo_pairing": "none"}},
-        neutral={"online_iterations": 0, "upo_mc_passes": 0},
-        signal="upo/alpha",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "upo"]
-    _name = "UPO"
-    _paper = {
-        "title": "Self-Evolutionary Large Language Models through Uncertainty-Enhanced Preference Optimization",
-        "id": "2409.11212",
-        "citation": textwrap.dedent("""\
-            @inproceedings{wang2025selfevolutionary,
-                title         = {{Self-Evolutionary Large Language Models through Uncertainty-Enhanced Preference Optimization}},
-                author        = {Jianing Wang and Yang Zhou and Xiaocheng Zhang and Mengjiao Bao and Peng Yan},
-                booktitle     = {AAAI Conference on Artificial Intelligence},
-                year          = 2025,
-                eprint        = {arXiv:2409.11212}
-            }"""),  # noqa: E501
-    }
+    method = declared("upo")
+    extends = {"select_pairs": {}, "collate": {}, "smoothing": {}, "extra_terms": {}}
+    replaces = {"pair": {"upo_pairing": "none"}}
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)

@@ -1,16 +1,15 @@
 """XPO: online DPO that explores by pushing down what a fixed sampling policy says."""
 
-import textwrap
 from statistics import fmean
 from typing import Any
 
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.preference.xpo import explored_logps, scheduled
 from ...losses.terms import LossTerm
 from ...models.tokenization import stack_sequences
-from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
 from .candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
@@ -119,26 +118,8 @@ class XpoDPOTrainer(PreferenceTrainer):
     """
 
     config_class = XpoDPOConfig
-    method = Method(
-        name="xpo",
-        summary="Online DPO that explores by pushing down samples of the reference",
-        extends=("propose", "pair", "select_pairs", "collate", "extra_terms"),
-        neutral={"online_iterations": 0},
-        signal="xpo/alpha",
-    )
-    _tag_names = ["trl", "papertrl", "dpo", "xpo"]
-    _name = "XPO"
-    _paper = {
-        "title": "Exploratory Preference Optimization: Harnessing Implicit Q*-Approximation for Sample-Efficient RLHF",
-        "id": "2405.21046",
-        "citation": textwrap.dedent("""\
-            @article{xie2024exploratory,
-                title         = {{Exploratory Preference Optimization: Harnessing Implicit Q*-Approximation for Sample-Efficient RLHF}},
-                author        = {Tengyang Xie and Dylan J. Foster and Akshay Krishnamurthy and Corby Rosset and Ahmed Awadallah and Alexander Rakhlin},
-                year          = 2024,
-                eprint        = {arXiv:2405.21046}
-            }"""),  # noqa: E501
-    }
+    method = declared("xpo")
+    extends = {"propose": {}, "pair": {}, "select_pairs": {}, "collate": {}, "extra_terms": {}}
 
     def check_online(self, dataset: Any, *judges: Any) -> None:
         super().check_online(dataset, *judges)
@@ -163,7 +144,7 @@ class XpoDPOTrainer(PreferenceTrainer):
 
     def pair(self, groups: list[Group]) -> list[Pair]:
         pairs = super().pair(groups)
-        if any(m.decides("pair", self.args) for m in self.methods):
+        if self.replaced_by("pair") is not None:
             return pairs
         paired = {id(pair.group) for pair in pairs}
         ties = [tie_of(group) for group in groups if id(group) not in paired]

@@ -5,10 +5,10 @@ import math
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.divergence import token_kl
 from ...losses.supervised.asft import dft_weight
 from ...losses.terms import LossTerm
-from ..method import Method
 from .base import SupervisedConfig, SupervisedTrainer
 from .record import SupervisedRecord
 
@@ -22,33 +22,36 @@ class AsftSFTConfig(SupervisedConfig):
     the authors' code, and the fields below.
     """
 
-    anchor_coef: float = method_field(
+    asft_anchor_coef: float = method_field(
         0.1,
         "Weight λ of the divergence from the frozen initial model, in nats per token. 0 turns the anchor, and with it "
         "the reference model, off. The authors' script uses 0.1, their README example 0.05.",
         ge=0.0,
         lt=math.inf,
+        was="anchor_coef",
     )
-    anchor_direction: str = method_field(
+    asft_anchor_direction: str = method_field(
         "forward",
         "Divergence that anchors: 'forward' is KL(initial ‖ trained), as in the authors' code; 'reverse' is "
         "KL(trained ‖ initial).",
         choices=("forward", "reverse"),
+        was="anchor_direction",
     )
-    dft_weight_power: float = method_field(
+    asft_dft_weight_power: float = method_field(
         1.0,
         "Power a of the detached probability that weighs each label's loss: 1 is DFT and ASFT, 0 is plain supervised "
         "fine-tuning; values between are no paper's.",
         ge=0.0,
         lt=math.inf,
+        was="dft_weight_power",
     )
 
     def validate(self) -> None:
         super().validate()
-        if self.loss_type == "dft" and self.dft_weight_power > 0:
+        if self.loss_type == "dft" and self.asft_dft_weight_power > 0:
             raise ValueError(
-                f"`loss_type='dft'` and `dft_weight_power={self.dft_weight_power!r}` would weigh each token by its "
-                "probability twice. Set `loss_type='nll'` (the default), or `dft_weight_power=0`."
+                f"`loss_type='dft'` and `asft_dft_weight_power={self.asft_dft_weight_power!r}` would weigh each token by its "
+                "probability twice. Set `loss_type='nll'` (the default), or `asft_dft_weight_power=0`."
             )
 
 
@@ -65,7 +68,7 @@ class AsftSFTTrainer(SupervisedTrainer):
     tokens, but nothing holds the model back; the anchor does. The divergence is over the full vocabulary, on the label
     tokens of the demonstrations, and not multiplied by the weight.
 
-    Parameters: `anchor_coef` is λ (0.1), `anchor_direction` the order of the KL's arguments, `dft_weight_power` is a
+    Parameters: `asft_anchor_coef` is λ (0.1), `asft_anchor_direction` the order of the KL's arguments, `asft_dft_weight_power` is a
     (1); see [`AsftSFTConfig`]. `a = 1, λ = 0` is DFT, `a = 0, λ > 0` is SFT with KL, `a = 0, λ = 0` is
     [`~trl.SFTTrainer`].
 
@@ -77,7 +80,7 @@ class AsftSFTTrainer(SupervisedTrainer):
     (share of labels with \\( p_t(y_t) < 0.01 \\), which the DFT weight all but ignores).
 
     Relations:
-        - [`~trl.SFTTrainer`] with `loss_type="dft"` is the case `anchor_coef=0`. Prefer it where drift does no harm.
+        - [`~trl.SFTTrainer`] with `loss_type="dft"` is the case `asft_anchor_coef=0`. Prefer it where drift does no harm.
         - [`~trl.SFTTrainer`] learns from rare tokens fastest. Prefer it for clean data that is new to the model: a
           label of probability near 0 teaches ASFT nothing.
 
@@ -93,7 +96,7 @@ class AsftSFTTrainer(SupervisedTrainer):
     >>> from papertrl.models.tiny import tiny_model, tiny_tokenizer
     >>> tokenizer = tiny_tokenizer()
     >>> sums = [{"prompt": f"{a}+1=", "completion": f"{a + 1}"} for a in range(8)]
-    >>> args = AsftSFTConfig(output_dir="asft", anchor_coef=0.1, max_steps=2, use_cpu=True, report_to="none")
+    >>> args = AsftSFTConfig(output_dir="asft", asft_anchor_coef=0.1, max_steps=2, use_cpu=True, report_to="none")
     >>> trainer = AsftSFTTrainer(
     ...     tiny_model(tokenizer), args, train_dataset=Dataset.from_list(sums), processing_class=tokenizer
     ... )
@@ -105,46 +108,27 @@ class AsftSFTTrainer(SupervisedTrainer):
     """
 
     config_class = AsftSFTConfig
-    method = Method(
-        name="asft",
-        summary="Weighs each label by its own probability (DFT) and anchors the model to its start by a KL term.",
-        extends=("token_weights", "extra_terms"),
-        neutral={"anchor_coef": 0.0, "dft_weight_power": 0.0},
-        signal="asft/kl_to_ref",
-    )
-    _tag_names = ["trl", "papertrl", "sft", "asft"]
-    _name = "ASFT"
-    _paper = {
-        "title": "Anchored Supervised Fine-Tuning",
-        "id": "2509.23753",
-        # docstyle-ignore
-        "citation": """\
-@article{zhu2025anchored,
-    title  = {{Anchored Supervised Fine-Tuning}},
-    author = {He Zhu and Junyou Su and Peng Lai and Ren Ma and Wenjia Zhang and Linyi Yang and Guanhua Chen},
-    year   = 2025,
-    eprint = {arXiv:2509.23753},
-}""",
-    }
+    method = declared("asft")
+    extends = {"token_weights": {}, "extra_terms": {}}
 
     def needs_stages(self) -> bool:
-        return super().needs_stages() or self.args.anchor_coef > 0 or self.args.dft_weight_power > 0
+        return super().needs_stages() or self.args.asft_anchor_coef > 0 or self.args.asft_dft_weight_power > 0
 
     def needs_reference(self) -> bool:
-        return super().needs_reference() or self.args.anchor_coef > 0
+        return super().needs_reference() or self.args.asft_anchor_coef > 0
 
     def token_weights(self, record: SupervisedRecord) -> torch.Tensor:
         self._log_labels(record)
-        return super().token_weights(record) * dft_weight(record.log_probs, self.args.dft_weight_power)
+        return super().token_weights(record) * dft_weight(record.log_probs, self.args.asft_dft_weight_power)
 
     def extra_terms(self, record: SupervisedRecord) -> list[LossTerm]:
         terms = super().extra_terms(record)
-        if self.args.anchor_coef == 0:
+        if self.args.asft_anchor_coef == 0:
             return terms
-        reverse = self.args.anchor_direction == "reverse"
+        reverse = self.args.asft_anchor_direction == "reverse"
         divergence = token_kl(record.policy, record.reference, record.label_mask, reverse)
         self.log_mean("asft/kl_to_ref", divergence.sum(), record.label_mask.sum())
-        return [*terms, LossTerm("anchor", divergence, coef=self.args.anchor_coef)]
+        return [*terms, LossTerm("anchor", divergence, coef=self.args.asft_anchor_coef)]
 
     def _log_labels(self, record: SupervisedRecord) -> None:
         probs = record.log_probs.detach().exp() * record.label_mask

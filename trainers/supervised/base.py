@@ -1,6 +1,5 @@
 """The supervised family: TRL's `SFTTrainer` with its loss opened into stages."""
 
-import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ...core.configuration import MethodConfigMixin
+from ...core.family import SUPERVISED
 from ...losses.divergence import LazyLogits
 from ...losses.terms import LossTerm
 from ...models.observation import Pass, backbone, lm_head, observe
@@ -77,16 +77,28 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
             parallelism; and, where a reference is needed, prompt-learning adapters or ZeRO-3 without an adapter.
     """
 
-    family = "supervised"
-    trl_suffix = "SFTTrainer"
-    stages = ("token_loss", "token_weights", "example_weights", "extra_terms")
+    family = SUPERVISED
+    stages = {
+        "columns": ("needed_columns",),
+        "token_loss": ("token_loss",),
+        "token_weights": ("token_weights",),
+        "example_weights": ("example_weights",),
+        "extra_terms": ("extra_terms",),
+        "after_backward": ("after_backward",),
+        "before_update": ("before_update",),
+    }
+    hooks = (
+        *MethodTrainer.hooks,
+        "needs_stages",
+        "needs_reference",
+        "needs_reference_logps",
+        "needs_logits",
+        "get_batch_samples",
+    )
     config_class = SupervisedConfig
 
-    def __init__(self, model: Any, args: Any = None, *trl_args: Any, **trl_kwargs: Any):
-        args = self.make_config(args, model)
-        call = inspect.signature(SFTTrainer.__init__).bind(self, model, args, *trl_args, **trl_kwargs)
-        self.check_columns(call.arguments.get("train_dataset"), args)
-        super().__init__(model, args, *trl_args, **trl_kwargs)
+    def __init__(self, model: Any, args: Any = None, *trl_args: Any, stages: Any = None, **trl_kwargs: Any):
+        super().__init__(**self.trl_arguments(SFTTrainer, model, args, *trl_args, stages=stages, **trl_kwargs))
         self.ref_model = None
         if self.needs_stages():
             self._refuse_unstaged()
@@ -98,6 +110,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
                 )
             elif isinstance(model, PeftModel):
                 keep_adapter(self.model)
+        self.attach_slots()
 
     @classmethod
     def make_config(cls, args: Any, model: Any) -> Any:
@@ -114,7 +127,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
             "label_smoothing_factor": (self.args.label_smoothing_factor > 0, "Set it to 0"),
             "loss_type='dft'": (
                 self.args.loss_type == "dft",
-                "Set `loss_type='nll'`; the same weight is `dft_weight_power=1` of the method 'asft'",
+                "Set `loss_type='nll'`; the same weight is `asft_dft_weight_power=1` of the method 'asft'",
             ),
             "parallelism_config": (sharded, "Set `cp_size` and `sp_size` to 1"),
         }

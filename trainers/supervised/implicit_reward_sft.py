@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from ...core.configuration import method_config, method_field
+from ...core.declaration import declared
 from ...losses.supervised.implicit_reward_sft import (
     DIVERGENCES,
     FLOORS,
@@ -13,41 +14,44 @@ from ...losses.supervised.implicit_reward_sft import (
     utility,
     utility_slope,
 )
-from ..method import Method
 from .base import SupervisedConfig, SupervisedTrainer
 from .record import SupervisedRecord
 
 # β where none is set
 TOKEN_BETA, SEQUENCE_BETA = 1.0, 0.1
 # SFT
-NEUTRAL = {"sft_divergence": "tv", "sft_divergence_level": "token", "sft_scale_by_beta": True}
+NEUTRAL = {"implicit_divergence": "tv", "implicit_divergence_level": "token", "implicit_scale_by_beta": True}
 
 
 @method_config
 class ImplicitRewardSFTConfig(SupervisedConfig):
     """Configuration of [`ImplicitRewardSFTTrainer`]."""
 
-    sft_divergence: str = method_field(
+    implicit_divergence: str = method_field(
         "pearson_chi2",
         "f-divergence whose conjugate gives the utility φ of the implicit reward. 'tv' is SFT: φ(x) = x.",
         choices=DIVERGENCES,
+        was="sft_divergence",
     )
-    sft_divergence_level: str = method_field(
+    implicit_divergence_level: str = method_field(
         "token",
         "What a reward belongs to: 'token', with the mean over labels, or 'sequence', the sum over an example's "
         "labels, with the mean over examples.",
         choices=("token", "sequence"),
+        was="sft_divergence_level",
     )
-    sft_beta: float | None = method_field(
+    implicit_beta: float | None = method_field(
         None,
         "β, scale of the implicit reward x = β · log(π_θ / π_ref). Unset, 1 per token and 0.1 per sequence, which are "
         "this library's: the paper's values are not known to us.",
         gt=0.0,
+        was="sft_beta",
     )
-    sft_scale_by_beta: bool = method_field(
+    implicit_scale_by_beta: bool = method_field(
         True,
         "Whether the loss is divided by β, so that its gradient at the start is that of SFT at the same learning rate "
         "(1/e of it for 'reverse_kl').",
+        was="sft_scale_by_beta",
     )
     learning_rate: float = method_field(
         5e-6,
@@ -58,17 +62,17 @@ class ImplicitRewardSFTConfig(SupervisedConfig):
 
     @property
     def implicit_reward_beta(self) -> float:
-        """β, also where `sft_beta` is unset."""
-        if self.sft_beta is not None:
-            return self.sft_beta
-        return TOKEN_BETA if self.sft_divergence_level == "token" else SEQUENCE_BETA
+        """β, also where `implicit_beta` is unset."""
+        if self.implicit_beta is not None:
+            return self.implicit_beta
+        return TOKEN_BETA if self.implicit_divergence_level == "token" else SEQUENCE_BETA
 
     def validate(self) -> None:
         super().validate()
-        if self.sft_divergence_level == "sequence" and self.packing and self.packing_strategy == "wrapped":
+        if self.implicit_divergence_level == "sequence" and self.packing and self.packing_strategy == "wrapped":
             raise ValueError(
-                "`sft_divergence_level='sequence'` needs to know where sequences end, which `packing_strategy="
-                "'wrapped'` forgets. Set `packing_strategy='bfd'`, `packing=False` or `sft_divergence_level='token'`."
+                "`implicit_divergence_level='sequence'` needs to know where sequences end, which `packing_strategy="
+                "'wrapped'` forgets. Set `packing_strategy='bfd'`, `packing=False` or `implicit_divergence_level='token'`."
             )
 
 
@@ -84,7 +88,7 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
     $$ L = -\frac{1}{\beta} \frac{\sum_t \varphi(x_t)}{\sum_t 1} \quad \text{or} \quad
        L = -\frac{1}{\beta} \, \mathrm{mean}_e \; \varphi\Big(\sum_{t \in e} x_t\Big) $$
 
-    over label tokens t, or over examples e with `sft_divergence_level="sequence"`; both means are over the whole
+    over label tokens t, or over examples e with `implicit_divergence_level="sequence"`; both means are over the whole
     optimizer step on all ranks. Token t's gradient is SFT's times \\( \varphi'(x) \\), which is 1 at the start (1/e
     for `reverse_kl`). The utilities are listed at
     [`utility`](../../losses/supervised/implicit_reward_sft.py). `squared_hellinger` and `jensen_shannon` have a pole
@@ -104,7 +108,7 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
     `implicit_reward/clamped_fraction` (share of rewards below the floor), over tokens or examples as the loss is.
 
     Relations:
-        - [`~trl.SFTTrainer`] is `sft_divergence="tv"`. Prefer it where no preference stage follows.
+        - [`~trl.SFTTrainer`] is `implicit_divergence="tv"`. Prefer it where no preference stage follows.
         - [`AsftSFTTrainer`](asft.py) bounds the drift by a divergence over the whole vocabulary and distrusts
           unlikely labels; here the bound is on each label's own gain. The two combine.
         - [`~trl.DPOTrainer`] is the stage after: the same implicit reward, compared within pairs.
@@ -132,25 +136,13 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
     """
 
     config_class = ImplicitRewardSFTConfig
-    method = Method(
-        name="implicit_reward_sft",
-        summary="Fine-tunes by a concave utility of DPO's implicit reward, at a low rate, for a DPO stage after it",
-        replaces={"token_loss": NEUTRAL},
-        neutral=NEUTRAL,
-        signal="implicit_reward/reweighting",
-    )
-    _tag_names = ["trl", "papertrl", "sft", "implicit-reward-sft"]
-    _name = "Implicit-reward SFT"
-    _paper = {
-        "title": "Implicit Reward as the Bridge: A Unified View of SFT and DPO Connections",
-        "id": "2507.00018",
-        # docstyle-ignore
-        "citation": """\
-@article{implicitreward2025bridge,
-    title  = {{Implicit Reward as the Bridge: A Unified View of SFT and DPO Connections}},
-    year   = 2025,
-    eprint = {arXiv:2507.00018},
-}""",
+    method = declared("implicit_reward_sft")
+    replaces = {
+        "token_loss": {
+            "implicit_divergence": "tv",
+            "implicit_divergence_level": "token",
+            "implicit_scale_by_beta": True,
+        }
     }
 
     # Of the present optimizer step, on all ranks
@@ -168,7 +160,7 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
         """The micro-batches of an optimizer step, whose examples with labels are counted for the mean over them."""
         batches, num_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._has_reward_utility() and self.args.sft_divergence_level == "sequence" and num_labels is not None:
+        if self._has_reward_utility() and self.args.implicit_divergence_level == "sequence" and num_labels is not None:
             examples = torch.stack([count_examples(batch) for batch in batches]).sum().to(device)
             if self.args.average_tokens_across_devices:
                 examples = self.accelerator.reduce(examples, reduction="sum")
@@ -179,10 +171,10 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
         if not self._has_reward_utility():
             return super().token_loss(record)
         args = self.args
-        beta, divergence = args.implicit_reward_beta, args.sft_divergence
-        scale = 1 / beta if args.sft_scale_by_beta else 1.0
+        beta, divergence = args.implicit_reward_beta, args.implicit_divergence
+        scale = 1 / beta if args.implicit_scale_by_beta else 1.0
         rewards = beta * (record.log_probs - record.ref_log_probs)
-        if args.sft_divergence_level == "token":
+        if args.implicit_divergence_level == "token":
             self._log_rewards(rewards.detach(), record.label_mask)
             return -scale * utility(rewards, divergence)
         examples = (record.example_ids, record.num_examples)
@@ -195,7 +187,7 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
         return -scale * ratio * values
 
     def _log_rewards(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
-        divergence, count = self.args.sft_divergence, mask.sum()
+        divergence, count = self.args.implicit_divergence, mask.sum()
         slope = utility_slope(rewards, divergence)
         departure = (slope / utility_slope(torch.zeros_like(slope), divergence) - 1).abs()
         for name, values in {

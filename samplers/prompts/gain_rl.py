@@ -1,4 +1,4 @@
-"""GAIN-RL on GRPO."""
+"""GAIN-RL: a curriculum over prompts by the model's own angles, for the slot *prompts*."""
 
 import math
 from typing import Any
@@ -7,20 +7,18 @@ import torch
 from trl.data_utils import common_prefix_length, is_conversational
 from trl.trainer.utils import pad
 
-from ...core.configuration import method_config, method_field
+from ...core.configuration import ComponentConfig, method_config, method_field
+from ...core.declaration import declared
+from ...core.slots import Component
 from ...losses.policy.gain_rl import mean_pairwise_cosine, prefill_signal
 from ...models.observation import Pass, last_mlp, observe
-from ...samplers.prompts.angle_curriculum import AngleCurriculum
-from ..method import Method
-from .base import PolicyConfig, PolicyTrainer
-from .record import RolloutRecord, ScoredBatch
-from .scoring import OldPass
+from .angle_curriculum import AngleCurriculum
 
 
 @method_config
-class GainRlGRPOConfig(PolicyConfig):
+class GainRlConfig(ComponentConfig):
     """
-    Configuration of [`GainRlGRPOTrainer`].
+    Configuration of [`GainRl`].
 
     `gain_sigma`, `gain_step` and `gain_shift_max` count prompts; below 1 they are shares of the dataset. The paper's
     values are for thousands of prompts: with N < 1000, a σ of 1000 is nearly uniform.
@@ -55,9 +53,9 @@ class GainRlGRPOConfig(PolicyConfig):
             )
 
 
-class GainRlGRPOTrainer(PolicyTrainer):
+class GainRl(Component):
     r"""
-    GAIN-RL: GRPO on the prompts that the model can learn from now, by the angles between its own token vectors.
+    GAIN-RL: trains on the prompts that the model can learn from now, by the angles between its own token vectors.
 
     Before training, one prefill per prompt gives the signal C = C_intra + w·C_inter: mean cosines between inputs of
     the last layer's MLP, within the question and between question and prefix. Prompts are ordered by descending C,
@@ -74,6 +72,8 @@ class GainRlGRPOTrainer(PolicyTrainer):
     The released code slices rows where segments were meant; segments are derived here from the chat template. A plain
     text prompt is all question.
 
+    It needs the pass over rollouts of the policy family, and a map-style dataset of prompts.
+
     Relations:
         The order is fixed; only the window moves. Combines with any method that does not choose prompts, refills of
         filtered groups included: they are drawn from the same Gaussian.
@@ -84,152 +84,132 @@ class GainRlGRPOTrainer(PolicyTrainer):
     Example:
 
     ```python
-    >>> from papertrl import GainRlGRPOConfig, GainRlGRPOTrainer
-    >>> args = GainRlGRPOConfig(gain_sigma=0.1, gain_step=0.05)  # doctest: +SKIP
-    >>> trainer = GainRlGRPOTrainer("Qwen/Qwen3-0.6B", reward, args, train_dataset=dataset)  # doctest: +SKIP
+    >>> from papertrl import GainRl, LpRegGRPOTrainer, compose
+    >>> trainer_class = compose(LpRegGRPOTrainer, GainRl)
+    >>> args = trainer_class.config_class("out", gain_sigma=0.1, gain_step=0.05, bf16=False)
+    >>> trainer = trainer_class("Qwen/Qwen3-0.6B", reward, args, train_dataset=dataset)  # doctest: +SKIP
     ```
     """
 
-    method = Method(
-        name="gain_rl",
-        summary="Chooses prompts along a curriculum ordered by the angles between the model's own token vectors",
-        extends=("statistics", "feedback"),
-        replaces={"choose_prompts": {"gain_sigma": None}},
-        neutral={"gain_sigma": None},
-        signal="gain_rl/mu",
-    )
-    config_class = GainRlGRPOConfig
-    _name = "GAIN-RL"
-    _tag_names = ["trl", "papertrl", "grpo", "gain-rl"]
-    _paper = {
-        "title": "Angles Don't Lie: Unlocking Training-Efficient RL Through the Model's Own Signals",
-        "id": "2506.02281",
-        "citation": "@article{gainrl2025,\n    title   = {{Angles Don't Lie: Unlocking Training-Efficient RL Through "
-        "the Model's Own Signals}},\n    year    = 2025,\n    eprint  = {arXiv:2506.02281}\n}",
-    }
+    method = declared("gain_rl")
+    config_class = GainRlConfig
 
-    def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
+    def __init__(self, config: Any = None, **settings: Any):
+        super().__init__(config, **settings)
         self._curriculum: AngleCurriculum | None = None
         self._seen: set[int] = set()
-        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
-        name = self.args.gain_accuracy_reward
-        if name is not None and name not in self.reward_func_names:
-            raise ValueError(f"`gain_accuracy_reward` must be one of {self.reward_func_names}, got {name!r}.")
-        self._accuracy_column = 0 if name is None else self.reward_func_names.index(name)
-        if self.args.gain_sigma is not None:
-            last_mlp(self.model)
 
-    @classmethod
-    def prompt_drawing_methods(cls, args):
-        return super().prompt_drawing_methods(args) + ["gain_rl"] * (args.gain_sigma is not None)
+    def attach(self, trainer: Any) -> None:
+        super().attach(trainer)
+        name, known = self.config.gain_accuracy_reward, trainer.reward_func_names
+        if name is not None and name not in known:
+            raise ValueError(f"`gain_accuracy_reward` must be one of {known}, got {name!r}.")
+        self._accuracy_column = 0 if name is None else known.index(name)
+        last_mlp(trainer.model)
 
-    def choose_prompts(self, count: int, round: int) -> list[int] | None:
-        if self.args.gain_sigma is None:
-            return super().choose_prompts(count, round)
+    def choose(self, count: int, round: int, generator: torch.Generator) -> list[int]:
         if self._curriculum is None:
             self._curriculum = self._make_curriculum(self._prompt_order(), count)
-        generator = self.keyed_generator(round)
         if round > 0:
             return self._curriculum.draw(count, generator)
         chosen = self._curriculum.choose(count, generator)
         self._seen.update(chosen)
         self.log_metric("gain_rl/mu", self._curriculum.mu)
-        self.log_metric("gain_rl/passed_fraction", self._curriculum.mu / len(self.train_dataset))
+        self.log_metric("gain_rl/passed_fraction", self._curriculum.mu / len(self.trainer.train_dataset))
         self.log_metric("gain_rl/distinct_prompts", float(len(self._seen)))
         return chosen
 
-    def old_pass_needs(self):
-        needs = super().old_pass_needs()
-        return needs if self.args.gain_sigma is None else needs | {"mlp_inputs"}
+    def needs(self) -> frozenset[str]:
+        return frozenset({"mlp_inputs"})
 
-    def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
-        super().collect_statistics(record, scored, old_pass)
-        if self.args.gain_sigma is not None:
-            mask = torch.cat([record.prompt_mask, record.completion_mask], dim=1)
-            record.statistics["gain_rl/concentration"] = mean_pairwise_cosine(old_pass.mlp_inputs, mask)
+    def see_rollouts(self, record: Any, scored: Any, old_pass: Any) -> None:
+        mask = torch.cat([record.prompt_mask, record.completion_mask], dim=1)
+        record.statistics["gain_rl/concentration"] = mean_pairwise_cosine(old_pass.mlp_inputs, mask)
 
-    def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
-        super().observe_batch(scored, record)
-        if self.args.gain_sigma is None:
-            return
+    def observe(self, scored: Any, record: Any) -> None:
         accuracy = scored.sampled_rewards[:, self._accuracy_column].clamp(0, 1).nanmean()
-        angle = self.accelerator.gather(record.statistics["gain_rl/concentration"]).nanmean()
+        angle = self.trainer.accelerator.gather(record.statistics["gain_rl/concentration"]).nanmean()
         accuracy, angle = torch.nan_to_num(torch.stack([accuracy, angle])).tolist()
         self._curriculum.observe(accuracy, angle)
         self.log_metric("gain_rl/accuracy", accuracy)
         self.log_metric("gain_rl/concentration", angle)
 
-    def method_state(self) -> dict[str, Any]:
-        state = super().method_state()
-        if self._curriculum is not None:
-            state["gain_rl"] = self._curriculum.state_dict() | {"seen": sorted(self._seen)}
-        return state
+    def state_dict(self) -> dict[str, Any]:
+        if self._curriculum is None:
+            return {}
+        return self._curriculum.state_dict() | {"seen": sorted(self._seen)}
 
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        super().load_method_state(state)
-        if "gain_rl" in state:
-            count = self.args.generation_batch_size // self.num_generations
-            self._curriculum = self._make_curriculum(state["gain_rl"]["order"], count)
-            self._curriculum.load_state_dict(state["gain_rl"])
-            self._seen = set(state["gain_rl"]["seen"])
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state:
+            count = self.trainer.args.generation_batch_size // self.trainer.num_generations
+            self._curriculum = self._make_curriculum(state["order"], count)
+            self._curriculum.load_state_dict(state)
+            self._seen = set(state["seen"])
 
     def _make_curriculum(self, order: torch.Tensor, count: int) -> AngleCurriculum:
         def prompts(value: float) -> float:
             return value * len(order) if value < 1 else value
 
-        args = self.args
+        config = self.config
         return AngleCurriculum(
             order,
-            sigma=prompts(args.gain_sigma),
-            step=prompts(args.gain_step),
-            shift_min=args.gain_shift_min,
-            shift_max=prompts(args.gain_shift_max),
-            alpha_acc=args.gain_alpha_acc,
-            alpha_angle=args.gain_alpha_angle,
-            beta=args.gain_beta,
-            subset_size=args.gain_subset_size or count,
+            sigma=prompts(config.gain_sigma),
+            step=prompts(config.gain_step),
+            shift_min=config.gain_shift_min,
+            shift_max=prompts(config.gain_shift_max),
+            alpha_acc=config.gain_alpha_acc,
+            alpha_angle=config.gain_alpha_angle,
+            beta=config.gain_beta,
+            subset_size=config.gain_subset_size or count,
         )
 
     def _prompt_order(self) -> torch.Tensor:
         """All prompts by descending signal, those without one last. Every rank prefills its share of them."""
-        total, world = len(self.train_dataset), self.accelerator.num_processes
-        size = self.args.per_device_train_batch_size
+        total, world = len(self.trainer.train_dataset), self.trainer.accelerator.num_processes
+        size = self.trainer.args.per_device_train_batch_size
         share = -(-total // world)
         mine = [
             min(i, total - 1)
-            for i in range(self.accelerator.process_index * share, (self.accelerator.process_index + 1) * share)
+            for i in range(
+                self.trainer.accelerator.process_index * share, (self.trainer.accelerator.process_index + 1) * share
+            )
         ]
         signals = [
-            self._signals([self.train_dataset[i]["prompt"] for i in mine[at : at + size]])
+            self._signals([self.trainer.train_dataset[i]["prompt"] for i in mine[at : at + size]])
             for at in range(0, share, size)
         ]
-        signals = self.accelerator.gather(torch.cat(signals))[:total]
+        signals = self.trainer.accelerator.gather(torch.cat(signals))[:total]
         return torch.argsort(torch.nan_to_num(signals, nan=-torch.inf), descending=True, stable=True).cpu()
 
     @torch.no_grad()
     def _signals(self, prompts: list[Any]) -> torch.Tensor:
-        device = self.accelerator.device
+        device = self.trainer.accelerator.device
         rows = [self._segments(prompt) for prompt in prompts]
         ids, prefix, question = (
             pad([torch.tensor(row[i]) for row in rows], padding_value=0, padding_side="left").to(device)
             for i in range(3)
         )
         mask = pad([torch.ones(len(row[0]), dtype=torch.long) for row in rows], padding_value=0, padding_side="left")
-        with observe(last_mlp(self.model), Pass.PREFILL, inputs=True) as observed, self.accelerator.autocast():
-            self.model(input_ids=ids, attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
-        return prefill_signal(observed.hidden_states(), prefix, question, self.args.gain_inter_weight)
+        with (
+            observe(last_mlp(self.trainer.model), Pass.PREFILL, inputs=True) as observed,
+            self.trainer.accelerator.autocast(),
+        ):
+            self.trainer.model(input_ids=ids, attention_mask=mask.to(device), use_cache=False, logits_to_keep=1)
+        return prefill_signal(observed.hidden_states(), prefix, question, self.config.gain_inter_weight)
 
     def _segments(self, prompt: Any) -> tuple[list[int], list[int], list[int]]:
         """Token ids of a prompt, and the masks of its prefix and its question."""
-        ids = self._tokenize_prompts([prompt])[0][0]
+        ids = self.trainer._tokenize_prompts([prompt])[0][0]
         first, last = 0, len(ids)
         if is_conversational({"prompt": prompt}):
-            template = {"chat_template": self.chat_template, "tokenize": True, "return_dict": False}
-            template |= self.chat_template_kwargs
-            template["tools"] = self.tools or None
-            last = common_prefix_length(ids, self._tokenizer.apply_chat_template(prompt, **template))
+            template = {"chat_template": self.trainer.chat_template, "tokenize": True, "return_dict": False}
+            template |= self.trainer.chat_template_kwargs
+            template["tools"] = self.trainer.tools or None
+            last = common_prefix_length(ids, self.trainer._tokenizer.apply_chat_template(prompt, **template))
             # What stands before any question, a system prompt that the template adds included
             unasked = [*prompt[:-1], {**prompt[-1], "content": ""}]
-            first = min(last, common_prefix_length(ids, self._tokenizer.apply_chat_template(unasked, **template)))
+            first = min(
+                last, common_prefix_length(ids, self.trainer._tokenizer.apply_chat_template(unasked, **template))
+            )
         places = range(len(ids))
         return ids, [int(i < first) for i in places], [int(first <= i < last) for i in places]

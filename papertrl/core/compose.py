@@ -1,0 +1,72 @@
+"""Trainers made of several methods: objectives by inheritance, components in their slots."""
+
+from .catalogue import PLAIN, find, load
+from .family import FAMILIES
+from .slots import Component
+
+
+def compose(*parts: type | str, name: str | None = None) -> type:
+    """
+    Trainer class that combines methods: objectives of one family, and components.
+
+    The order in which stages run is fixed by the family's base. Within a stage, those that extend it act in the order
+    given here, around the one that replaces it. Where two configs set different defaults for one TRL field, the first
+    wins.
+
+    Args:
+        parts (trainer classes, [`~papertrl.core.slots.Component`] classes, or short names of either):
+            At least one objective, or the trainer without a method (`"grpo"`, `"dpo"`, `"sft"`, `"reward"`).
+        name (`str`, *optional*):
+            Name of the class. Defaults to the methods' names run together.
+
+    Raises:
+        `TypeError`: if there is no trainer among them, they are of different families, one is listed twice, or a
+            trainer without a method stands beside one with a method.
+        `ValueError`: if there is no method of a name.
+
+    Example:
+
+    ```python
+    >>> from papertrl import DlerGRPOTrainer, LpRegGRPOTrainer, compose
+    >>> compose(LpRegGRPOTrainer, DlerGRPOTrainer).__name__
+    'LpRegDlerGRPOTrainer'
+    >>> compose("lp_reg", "gain_rl").__name__
+    'LpRegGainRlGRPOTrainer'
+    ```
+    """
+    loaded = [load(find(part)) if isinstance(part, str) else part for part in parts]
+    components = [part for part in loaded if isinstance(part, type) and issubclass(part, Component)]
+    trainers = [part for part in loaded if part not in components]
+    odd = [part for part in trainers if not hasattr(part, "family")]
+    if odd:
+        raise TypeError(f"`compose` takes trainers and components of this library, or names of methods; got {odd}.")
+    if len(set(loaded)) != len(loaded):
+        raise TypeError(f"`compose`: a method is listed twice in {[part.__name__ for part in loaded]}.")
+    if not trainers:
+        trainers = _bases_of(components)
+    bases = [t.__name__ for t in trainers if not t.methods]
+    if bases and len(trainers) > 1:
+        raise TypeError(f"`compose`: {bases} have no method; leave them out, every other trainer builds on its base.")
+    families = {t.__name__: t.family.name for t in trainers}
+    if len(set(families.values())) > 1:
+        raise TypeError(f"`compose`: methods of different families do not combine, got {families}.")
+    if len(loaded) == 1 and not components:
+        return trainers[0]
+    suffix = trainers[0].family.suffix + "Trainer"
+    if name is None:
+        stems = [t.__name__.removesuffix(suffix) for t in loaded if t in trainers and t.methods]
+        name = "".join([*stems, *(c.__name__ for c in components)]) + suffix
+    doc = f"Combination of {', '.join(part.__name__ for part in loaded)}."
+    return type(name, tuple(trainers), {"__module__": __name__, "__doc__": doc, "components": tuple(components)})
+
+
+def _bases_of(components: list[type[Component]]) -> list[type]:
+    if not components:
+        raise TypeError("`compose` needs at least one trainer.")
+    families = {component.method.family for component in components} - {None}
+    if len(families) != 1:
+        raise TypeError(
+            f"`compose`: {[c.__name__ for c in components]} are components, which a trainer carries: name one beside "
+            f"them, without a method {', '.join(PLAIN)}."
+        )
+    return [load(FAMILIES[families.pop()].plain)]

@@ -1,0 +1,142 @@
+"""A plain function in a stage: for those who just want to change the advantages."""
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# Parameters that a function may have beside those of its stage
+DEFAULT, TRAINER = "default", "trainer"
+
+
+@dataclass(frozen=True)
+class UserStage:
+    """
+    A user's function that acts in a stage.
+
+    Args:
+        stage (`str`):
+            Function of the trainer in whose place, or after which, it runs.
+        function (`Callable`):
+            Takes, by name, any of the stage's arguments, `trainer`, and `default`: what all others in the stage came
+            to. With `default` it acts on top of them, without it in place of the base.
+        name (`str`):
+            How the model card names it.
+    """
+
+    stage: str
+    function: Callable
+    name: str
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of its parameters."""
+        return list(inspect.signature(self.function).parameters)
+
+    @property
+    def extends(self) -> bool:
+        """Whether it acts on what the others came to."""
+        return DEFAULT in self.parameters
+
+    def __call__(self, trainer: Any, given: Mapping[str, Any], default: Any = None) -> Any:
+        """
+        Run it.
+
+        Raises:
+            `ValueError`: if the result is not of the shape that the stage gives.
+        """
+        values = {**given, TRAINER: trainer, DEFAULT: default}
+        result = self.function(**{name: values[name] for name in self.parameters})
+        expected = _expected_shape(self.stage, given, default)
+        if expected is not None and (found := tuple(getattr(result, "shape", ()))) != expected:
+            raise ValueError(
+                f"The function '{self.name}' of the stage '{self.stage}' must return a tensor of shape {expected}, "
+                f"got {type(result).__name__} of shape {found}."
+            )
+        return result
+
+
+def _expected_shape(stage: str, given: Mapping[str, Any], default: Any) -> tuple[int, ...] | None:
+    """Shape that a stage's result has, where its arguments or the others' result tell."""
+    if isinstance(default, torch.Tensor):
+        return tuple(default.shape)
+    for name in _SHAPED_LIKE.get(stage, ()):
+        value = given
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
+        if isinstance(value, torch.Tensor):
+            return tuple(value.shape)
+    return None
+
+
+# Where to read the shape of a result, by stage; the first that is there
+_SHAPED_LIKE = {
+    "score": ("scored.rewards",),
+    "combine_rewards": ("scored.group_ids",),
+    "baseline": ("rewards",),
+    "scale": ("rewards",),
+    "advantages": ("scored.group_ids",),
+    "objective": ("stats.logps",),
+    "divergence": ("stats.logps",),
+    "margin": ("chosen_scores",),
+    "token_loss": ("record.log_probs",),
+    "token_weights": ("record.log_probs",),
+}
+
+
+def load_function(path: str) -> Callable:
+    """
+    The function that a dotted path names.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"`stage`: there is no function '{path}' ({error}). Give `module.function`.") from error
+    if not callable(function):
+        raise ValueError(f"`stage`: '{path}' is no function, but a {type(function).__name__}.")
+    return function
+
+
+def check_user_stages(trainer_class: type, stages: Mapping[str, Callable | str] | None) -> dict[str, UserStage]:
+    """
+    Check a user's functions against the stages of a trainer.
+
+    Args:
+        trainer_class (`type`):
+            Trainer of this library.
+        stages (`dict[str, Callable]`, *optional*):
+            Functions, or dotted paths of functions, by the stage's function.
+
+    Raises:
+        `ValueError`: naming the stage and those there are, or the parameter and those that the stage has.
+        `TypeError`: if something given is no function.
+    """
+    checked = {}
+    known = [function for functions in trainer_class.stages.values() for function in functions]
+    known = [name for name in known if not inspect.ismethod(getattr(trainer_class, name))]
+    for stage, given in (stages or {}).items():
+        if stage not in known:
+            raise ValueError(
+                f"`stages` names '{stage}', which {trainer_class.__name__} does not have; it has {known}."
+            )
+        function = load_function(given) if isinstance(given, str) else given
+        if not callable(function):
+            raise TypeError(f"`stages['{stage}']` must be a function, got `{type(function).__name__}`.")
+        name = given if isinstance(given, str) else f"{function.__module__}.{getattr(function, '__qualname__', stage)}"
+        accepted = [*list(inspect.signature(getattr(trainer_class, stage)).parameters)[1:], DEFAULT, TRAINER]
+        parameters = inspect.signature(function).parameters
+        unknown = [p for p in parameters if p not in accepted]
+        if unknown:
+            raise ValueError(
+                f"`stages['{stage}']`: '{name}' has the parameters {unknown}, but the stage has {accepted[:-2]}, and "
+                f"`{DEFAULT}` (what the others in the stage came to) and `{TRAINER}`; take any of these."
+            )
+        checked[stage] = UserStage(stage, function, name)
+    return checked
