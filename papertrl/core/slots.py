@@ -170,10 +170,14 @@ class Component:
     # --- schedule -----------------------------------------------------------------------------------------------
 
     def after_backward(self) -> None:
-        """Slot *schedule*: the gradient of one more micro-batch of this rank has been added."""
+        """Slot *schedule*, and others that watch: the gradient of one more micro-batch of this rank has been added."""
 
     def before_update(self, grad_norm: Any) -> None:
-        """Slot *schedule*: the gradient is complete and clipped; the scheduler sets learning rates anew afterwards."""
+        """
+        Slot *schedule*, and others that watch: the gradient is complete and clipped.
+
+        Learning rates that are changed hold for this update: the scheduler sets them anew afterwards.
+        """
 
     def computes_all_rows(self) -> bool:
         """Slot *schedule*: whether rows without effect on the loss must be computed all the same; policy family."""
