@@ -1,0 +1,1 @@
+"""What the tests share: the table over the catalogue, blocks of methods, and small models, data and runs."""
