@@ -81,6 +81,7 @@ class _Look(TrainerCallback):
 
     def __init__(self, component: UpdateSparsity):
         self.component = component
+        self.seen: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if self.component.trainer is None:
@@ -93,8 +94,10 @@ class _Look(TrainerCallback):
                 self.component.log_metric(name, value)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if self.component.trainer is None and logs is not None:
-            logs.update(getattr(self, "seen", {}))
+        # A bare TRL trainer writes its history before it calls this
+        if self.component.trainer is None and logs is not None and self.seen:
+            logs.update(self.seen)
+            state.log_history[-1].update(self.seen)
 
 
 def _copy(model: torch.nn.Module) -> dict[str, torch.Tensor]:
