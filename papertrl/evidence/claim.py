@@ -8,12 +8,14 @@ from typing import Any
 
 from datasets import Dataset
 
-from ..core.catalogue import COMBINATIONS, METHODS, find
+from ..core.catalogue import COMBINATIONS, METHODS, SUFFIXES, find
 from ..core.errors import UsageError
 from ..tasks import Task, load_task
 from .verdict import Summary, final
 
 AXES = ("steps", "sampled_tokens", "trained_tokens", "seconds")
+# By family, the method of a task that turns problems into rows
+VIEWS = {"policy": None, "preference": "online", "supervised": "supervised"}
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,15 @@ class Claim:
         """Family of the methods."""
         return METHODS[COMBINATIONS.get(self.method, (self.method,))[0]]
 
+    @property
+    def plain(self) -> str:
+        """What the catalogue calls the family's trainer without a method."""
+        return SUFFIXES[self.family].lower()
+
+    def judged(self, args: Any) -> bool:
+        """Whether completions are sampled and judged in training under the config `args`."""
+        return self.family == "policy" or getattr(args, "online_iterations", 0) > 0
+
     def make_task(self, **overrides: Any) -> Task:
         """The task, with the claim's settings."""
         return load_task(self.task, **{**self.task_kwargs, **overrides})
@@ -230,7 +241,8 @@ class Claim:
         if self.data is not None:
             return self.data(task, self.train_problems, seed)
         problems = task.generate(self.train_problems, seed)
-        return {"policy": lambda d: d, "preference": task.online, "supervised": task.supervised}[self.family](problems)
+        view = VIEWS[self.family]
+        return getattr(task, view)(problems) if view else problems
 
 
 def load_claim(method: str) -> Claim:

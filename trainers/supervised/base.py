@@ -81,6 +81,8 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
     trl_suffix = "SFTTrainer"
     stages = ("token_loss", "token_weights", "example_weights", "extra_terms")
     config_class = SupervisedConfig
+    # Nothing is sampled
+    sampled_tokens = 0
 
     def __init__(self, model: Any, args: Any = None, *trl_args: Any, **trl_kwargs: Any):
         args = self.make_config(args, model)
@@ -141,6 +143,11 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
 
     def _method_names(self) -> str:
         return " + ".join(f"'{m.name}'" for m in self.methods)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that training has gone through so far."""
+        return int(self._total_train_tokens)
 
     def method_state(self) -> dict[str, Any]:
         return super().method_state() | {"total_train_tokens": self._total_train_tokens}
