@@ -8,8 +8,9 @@ from pathlib import Path
 
 from ..core.errors import UsageError
 from ..core.parsing import CommandParser
-from .claim import Claim, claimed, load_claim
-from .study import FRESH_SEEDS, Study, result
+from .claim import claimed, load_claim
+from .result import panels, result, write_result
+from .study import FRESH_SEEDS, Study
 
 RESULTS = Path("claims/results")
 USAGE = """\
@@ -25,7 +26,7 @@ Stop it at any time: the same command goes on where it was.
   --jobs K            processes at a time (default: 2)
   --model NAME        start from this model (`smollm2`, Hub id, folder) instead of the tiny one
   --output_dir DIR    where results and plots go (default: claims/results)
-  --work_dir DIR      where finished runs are kept (default: runs/claims)
+  --work_dir DIR      where the runs themselves are kept, with their curves (default: runs/claims)
   --quick             three steps a run and one seed, to see that the claims still run; no verdict
   --list              list claims and their verdicts
 """
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     for claim in claims:
         study = Study(claim, args.work_dir, args.model, args.quick, args.jobs)
         outcome = run(study, seeds, ["papertrl", "claims", *map(shlex.quote, argv)])
-        save(claim, outcome, args.output_dir)
+        save(outcome, args.output_dir)
         print(report(outcome, args.output_dir))
     return 0
 
@@ -109,22 +110,16 @@ def _seeds(args: argparse.Namespace) -> range:
 def run(study: Study, seeds: range, command: list[str]) -> dict:
     """Tune, compare and judge; what is written to the result file."""
     tuning = study.tune()
-    return result(study, tuning, study.compare(tuning, seeds), command)
+    runs = study.compare(tuning, seeds)
+    return result(study, tuning, runs, command) | {"plot": panels(study.claim, runs)}
 
 
-def save(claim: Claim, outcome: dict, output_dir: Path) -> None:
+def save(outcome: dict, output_dir: Path) -> None:
     """Write result and plot."""
     from .plot import draw
 
-    write_result(output_dir / f"{claim.method}.json", outcome)
-    draw(claim, outcome, output_dir / f"{claim.method}.png")
-
-
-def write_result(path: Path, outcome: dict) -> None:
-    """Write a result file; an interrupted write leaves the old one."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(outcome, indent=1) + "\n")
-    partial.replace(path)
+    write_result(output_dir / f"{outcome['method']}.json", outcome)
+    draw(outcome, output_dir / f"{outcome['method']}.png")
 
 
 def verdict_of(output_dir: Path, method: str) -> str:

@@ -15,12 +15,15 @@ from ..core.catalogue import METHODS, load_trainer
 from ..core.errors import UsageError
 from ..core.parsing import CommandParser
 from .claim import Arm, Claim, Comparison, Metric, Start
-from .command import add_run_flags, write_result
+from .command import add_run_flags
+from .plot import save
 from .probe import Probe, kl_to_start
-from .study import Study, result
+from .result import result, rounded, write_result
+from .study import Study
 from .verdict import Interval, interval
 
 NAME = "overoptimization"
+FAMILY = "preference"
 USAGE = """\
 usage: papertrl overoptimization [METHOD ...] [flags]
 
@@ -34,7 +37,7 @@ time: the same command goes on where it was.
   --jobs K            processes at a time (default: 2)
   --model NAME        start from this model (`smollm2`, Hub id, folder) instead of the tiny one
   --output_dir DIR    where result and plot go (default: claims/results)
-  --work_dir DIR      where finished runs are kept (default: runs/claims)
+  --work_dir DIR      where the runs themselves are kept, with their curves (default: runs/claims)
   --quick             three steps a run and one seed, to see that it still runs
 """
 
@@ -83,7 +86,7 @@ MARKERS = "osD^v<>Pphd*X8"
 class OverOptimization(Claim):
     """The experiment: arms like a claim's, without a verdict."""
 
-    family = "preference"
+    family = FAMILY
 
 
 class OverOptimizationStudy(Study):
@@ -167,9 +170,11 @@ def main(argv: list[str]) -> int:
     seeds = seeds_of(args)
     study = OverOptimizationStudy(experiment(methods), args.work_dir, args.model, args.quick, args.jobs)
     tuning = study.tune()
-    outcome = result(study, tuning, study.compare(tuning, seeds), ["papertrl", NAME, *map(shlex.quote, argv)])
+    runs = study.compare(tuning, seeds)
+    outcome = result(study, tuning, runs, ["papertrl", NAME, *map(shlex.quote, argv)])
     for without in ("verdict", "tuning", "tuned_on", "development_seeds", "figures"):
         del outcome[without]
+    outcome["curves"] = curves(runs)
     write_result(args.output_dir / f"{NAME}.json", outcome)
     draw(outcome, args.output_dir / f"{NAME}.png")
     print(f"{table(outcome)}\n{outcome['minutes']} minutes; {args.output_dir / NAME}.json and .png")
@@ -183,26 +188,29 @@ def chosen_methods(args: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         [`~papertrl.core.errors.UsageError`]: if one is not of the preference family.
     """
-    family = [name for name, family in METHODS.items() if family == "preference"]
+    family = [name for name, family in METHODS.items() if family == FAMILY]
     asked = [name.lower().replace("-", "_") for name in args.methods]
     unknown = [name for name in asked if name not in family]
     if unknown:
-        raise UsageError(f"`METHOD` must be one of the preference family ({', '.join(family)}), got '{unknown[0]}'.")
+        raise UsageError(f"`METHOD` must be one of the {FAMILY} family ({', '.join(family)}), got '{unknown[0]}'.")
     return tuple(name for name in family if not asked or name in asked)
 
 
 # --- Result ---------------------------------------------------------------------------------------------------------
 
 
-def curves(outcome: dict[str, Any], arm: str) -> dict[str, np.ndarray]:
-    """`kl`, `true` and `proxy` of an arm's runs, of shape `(seeds, points)` each."""
-    runs = [run["points"] for run in outcome["runs"] if run["arm"] == arm]
-    return {name: np.array([[p[name] for p in points] for points in runs]) for name in ("kl", "true", "proxy")}
+def curves(runs: list[dict[str, Any]]) -> dict[str, dict[str, list[list[float]]]]:
+    """By arm, what was measured of `kl`, `true` and `proxy`: one curve per seed each."""
+    by_arm: dict[str, dict[str, list[list[float]]]] = {}
+    for run in sorted(runs, key=lambda run: run["seed"]):
+        for name, of_seeds in by_arm.setdefault(run["arm"], {"kl": [], "true": [], "proxy": []}).items():
+            of_seeds.append([point[name] for point in run["points"]])
+    return rounded(by_arm)
 
 
 def lost(outcome: dict[str, Any], arm: str) -> Interval:
     """What the true reward has lost at the end against its best, over the seeds; the best is the luckiest of nine."""
-    true = curves(outcome, arm)["true"]
+    true = np.array(outcome["curves"][arm]["true"])
     return interval([float(d) for d in true.max(1) - true[:, -1]])
 
 
@@ -214,9 +222,9 @@ def table(outcome: dict[str, Any]) -> str:
     ]
     against = {c["arm"]: c for c in outcome["comparisons"]}
     for arm, settings in outcome["settings"]["arms"].items():
-        kl, true, proxy = (curves(outcome, arm)[name] for name in ("kl", "true", "proxy"))
+        kl, true, proxy = (np.array(outcome["curves"][arm][name]) for name in ("kl", "true", "proxy"))
         best = true.argmax(1)
-        difference = interval(against[arm]["differences"]) if arm in against else ""
+        difference = Interval(*(against[arm][key] for key in ("mean", "low", "high"))) if arm in against else ""
         rows.append(
             f"| {arm} | {'online' if settings.get('online_iterations') else 'offline'} | {kl[:, -1].mean():.2f} "
             f"| {proxy[:, -1].mean():.3f} | {true[:, -1].mean():.3f} | {true.max(1).mean():.3f} "
@@ -227,7 +235,8 @@ def table(outcome: dict[str, Any]) -> str:
 
 def section(outcome: dict[str, Any]) -> str:
     """The experiment as a section of the page of evidence."""
-    start = {name: fmean(run["points"][0][name] for run in outcome["runs"]) for name in ("true", "proxy")}
+    arms = outcome["curves"].values()
+    start = {name: fmean(curve[0] for arm in arms for curve in arm[name]) for name in ("true", "proxy")}
     return "\n\n".join(
         [
             f"{outcome['statement']} {outcome['check']} All methods start from the same model (true reward "
@@ -251,7 +260,7 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(14, 6.4), layout="constrained")
     axes = figure.subplots(1, 2, sharex=True)
     for i, (arm, settings) in enumerate(outcome["settings"]["arms"].items()):
-        means = {name: values.mean(0) for name, values in curves(outcome, arm).items()}
+        means = {name: np.mean(values, 0) for name, values in outcome["curves"][arm].items()}
         online = bool(settings.get("online_iterations"))
         style = {"ls": "--" if online else "-", "marker": MARKERS[i % len(MARKERS)], "ms": 4, "lw": 1.3}
         # Plain DPO is what the others are held against
@@ -266,7 +275,7 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
         axis.grid(alpha=0.3)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9, title="dashed: online")
     figure.suptitle(f"Over-optimization, mean of {len(outcome['seeds'])} seeds", fontsize=12)
-    figure.savefig(path, dpi=90)
+    save(figure, path)
 
 
 def read(folder: Path) -> dict[str, Any] | None:

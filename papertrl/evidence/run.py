@@ -4,7 +4,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -36,13 +36,18 @@ COMMON = {
 }
 
 
-def quick(claim: Claim, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a run with those values that make it as short as can be."""
-    generations = settings.get("num_generations", 1)
-    steps = {"max_steps": 3, "per_device_train_batch_size": 4 * generations, "gradient_accumulation_steps": 1}
+def quick(settings: dict[str, Any], config_class: type) -> dict[str, Any]:
+    """The settings of a run with those values of the config's fields that make it as short as can be."""
+    short = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 4 * settings.get("num_generations", 1),
+        "gradient_accumulation_steps": 1,
+        "steps_per_generation": 1,
+    }
     if settings.get("online_iterations"):
-        steps |= {"online_iterations": 2, "online_num_prompts": 16}
-    return settings | steps | ({"steps_per_generation": 1} if claim.family.judged is True else {})
+        short |= {"online_iterations": 2, "online_num_prompts": 16}
+    known = {field.name for field in fields(config_class)}
+    return settings | {name: value for name, value in short.items() if name in known}
 
 
 def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None = None, short: bool = False) -> dict:
@@ -84,20 +89,19 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
     trainer_class = trainer_of(claim, arm)
     settings = {**COMMON, **claim.settings, **arm.settings, **choice}
     if short:
-        settings = quick(claim, settings)
+        settings = quick(settings, trainer_class.config_class)
     if model is not None:
         settings["learning_rate"] *= REAL_MODEL_RATE
     set_seed(seed)
     with tempfile.TemporaryDirectory() as output:
         args = trainer_class.config_class(output_dir=output, seed=seed, **settings)
-        judged = claim.family.judged is True or getattr(args, "online_iterations", 0) > 0
         trainer = trainer_class(
             model=str(start_path),
             args=args,
             train_dataset=claim.training_rows(task, seed),
             processing_class=AutoTokenizer.from_pretrained(start_path),
             **deepcopy(dict(claim.trainer_kwargs)),
-            **({"reward_funcs": judges(claim, task, short)} if judged else {}),
+            **({"reward_funcs": judges(claim, task, settings, short)} if claim.family.is_judged(args) else {}),
         )
         trainer.remove_callback(PrinterCallback)
         _, problems = task.splits(claim.train_problems, claim.held_out, seed)
@@ -108,9 +112,9 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
     return {"points": observer.points, "logs": kept_logs(claim, trainer)}
 
 
-def judges(claim: Claim, task: Task, short: bool) -> list[Callable]:
+def judges(claim: Claim, task: Task, settings: dict[str, Any], short: bool) -> list[Callable]:
     """Reward functions of a run."""
-    if short and claim.family.name == "preference":
+    if short and "online_iterations" in settings:
         # A verifier would give all completions of a hardly trained model the same, and there would be no pair
         return [by_letters]
     return list(claim.rewards) or [task.reward]
@@ -123,10 +127,7 @@ def by_letters(completions: list[str], **kwargs) -> list[float]:
 
 def trainer_of(claim: Claim, arm: Arm) -> type:
     """Trainer class of an arm."""
-    if arm.methods:
-        trainer_class = compose(*map(load_trainer, arm.methods))
-    else:
-        trainer_class = load_trainer(claim.family.plain)
+    trainer_class = compose(*map(load_trainer, arm.methods)) if arm.methods else load_trainer(claim.family.plain)
     return arm.control(trainer_class) if arm.control else trainer_class
 
 
@@ -146,7 +147,7 @@ def kept_logs(claim: Claim, trainer: Any) -> dict[str, list[tuple[float, float]]
 
 class Observer(TrainerCallback):
     """
-    Measures before training, at evenly spread steps and at the end, and counts tokens and time meanwhile.
+    Measures before training, at evenly spread steps and at the end, and takes the time meanwhile.
 
     Args:
         claim ([`Claim`]):
@@ -172,42 +173,8 @@ class Observer(TrainerCallback):
         self.evaluations = evaluations
         self.points: list[dict[str, float]] = []
         self.seconds = 0.0
-        self.sampled = 0
-        self.trained = 0
         # Loaded anew: trainers patch the forward of their model, which a copy would share
         self.start_model = AutoModelForCausalLM.from_pretrained(start_path).eval().to(trainer.model.device)
-        {"policy": self._count_rollouts, "preference": self._count_samples, "supervised": lambda: None}[
-            claim.family.name
-        ]()
-
-    def _count_rollouts(self) -> None:
-        sample, prepare = self.trainer._generate_single_turn, self.trainer.prepare_objective
-
-        def counted_sample(*args, **kwargs):
-            outcome = sample(*args, **kwargs)
-            self.sampled += sum(map(len, outcome[0]))
-            return outcome
-
-        def counted_prepare(record):
-            prepare(record)
-            self.trained += int((record.loss_mask * (record.row_weight > 0).unsqueeze(1)).sum())
-
-        self.trainer._generate_single_turn = counted_sample
-        self.trainer.prepare_objective = counted_prepare
-
-    def _count_samples(self) -> None:
-        sample, propose = self.trainer.sample, self.trainer.propose
-
-        def counted_sample(inputs):
-            outcome = sample(inputs)
-            self.sampled += sum(int(samples.completion_mask.sum()) for samples in outcome.values())
-            return outcome
-
-        def counted_propose(groups):
-            propose(groups)
-            self.sampled += sum(len(candidate.completion_ids) for g in groups for candidate in g.candidates)
-
-        self.trainer.sample, self.trainer.propose = counted_sample, counted_propose
 
     def on_train_begin(self, args, state, control, **kwargs):
         self._measure(0)
@@ -222,8 +189,6 @@ class Observer(TrainerCallback):
 
     def _measure(self, step: int) -> None:
         model = self.trainer.model
-        if self.claim.family.name != "policy":
-            self.trained = int(self.trainer._total_train_tokens)
         was_training = model.training
         model.eval()
         probe = Probe(
@@ -236,8 +201,8 @@ class Observer(TrainerCallback):
         )
         point = {
             "step": step,
-            "sampled_tokens": self.sampled,
-            "trained_tokens": self.trained,
+            "sampled_tokens": self.trainer.sampled_tokens,
+            "trained_tokens": self.trainer.trained_tokens,
             "seconds": self.seconds,
         }
         for measure in self.claim.measures:

@@ -7,7 +7,6 @@ import inspect
 import json
 import multiprocessing
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -19,8 +18,8 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from ..core.errors import JobError
-from .claim import AXES, Claim, Comparison, Metric, load_claim
-from .verdict import NOT_SHOWN, decide, interval, up_to
+from .claim import Claim, load_claim
+from .comparison import value
 
 # Grids are searched on the first range, verdicts come from the second, and nothing else decides which
 DEVELOPMENT_SEEDS = range(1000, 1002)
@@ -169,7 +168,7 @@ class Study:
             plan.choice, self.model, self.short, arm.methods, arm.settings, claim.settings, claim.task,
             claim.task_kwargs, dataclasses.astuple(claim.start), claim.train_problems, claim.held_out,
             claim.evaluations, claim.logs, [metric.name for metric in claim.metrics()],
-            [_source(f) for f in (arm.control, claim.data, *claim.measures)], _versions(),
+            [_source(f) for f in (arm.control, claim.data, *claim.measures)], versions(),
             *([claim.trainer_kwargs] if claim.trainer_kwargs else []),
         ]  # fmt: skip
         key = hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:16]
@@ -190,132 +189,5 @@ def _source(function: Callable | None) -> str | None:
     return function and inspect.getsource(function)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in PACKAGES}
-
-
-# --- From runs to a result ----------------------------------------------------------------------------------------
-
-
-def curve(run: dict[str, Any], metric: Metric, axis: str | None = None) -> tuple[list[float], list[float]]:
-    """A metric's curve in a run, over what is equal among the arms; logged metrics are taken over steps only."""
-    axis = axis or metric.axis
-    if metric.name in run["points"][-1]:
-        key = "step" if axis == "steps" else axis
-        points = run["points"]
-        return [point[key] for point in points], [point[metric.name] for point in points]
-    if metric.name not in run["logs"]:
-        raise JobError(
-            f"`metric`: '{metric.name}' was neither measured nor logged by arm '{run['arm']}'; there are "
-            f"{sorted({*run['points'][-1], *run['logs']})}."
-        )
-    xs, ys = zip(*run["logs"][metric.name], strict=True)
-    if axis == "steps":
-        return list(xs), list(ys)
-    at = {point["step"]: point[axis] for point in run["points"]}
-    end = max(at)
-    return [at[end] * x / end for x in xs], list(ys)
-
-
-def value(run: dict[str, Any], metric: Metric, end: float | None = None, axis: str | None = None) -> float:
-    """The metric's summary of a run, of its curve up to `end`."""
-    xs, ys = curve(run, metric, axis)
-    if end is not None:
-        xs, ys = up_to(xs, ys, max(end, xs[0]))
-    return metric.summary(xs, ys)
-
-
-def paired(runs: list[dict[str, Any]], comparison: Comparison, metric: Metric, axis: str | None = None) -> list[float]:
-    """Differences of the two arms seed by seed, in the metric's unit, both taken at the smaller of their budgets."""
-    by_seed: dict[int, dict[str, dict]] = {}
-    for run in runs:
-        by_seed.setdefault(run["seed"], {})[run["arm"]] = run
-    differences = []
-    for seed in sorted(by_seed):
-        pair = [by_seed[seed][label] for label in (comparison.arm, comparison.against)]
-        end = min(curve(run, metric, axis)[0][-1] for run in pair)
-        ours, theirs = (value(run, metric, end, axis) for run in pair)
-        differences.append(ours - theirs)
-    return differences
-
-
-def judge(runs: list[dict[str, Any]], comparison: Comparison) -> dict[str, Any]:
-    """
-    Verdict on one comparison.
-
-    Returns:
-        `dict`: the arms, the metric, its `differences` by seed, their `mean`, `low` and `high`, the `guards`, the
-            difference `at_equal` steps, sampled tokens, trained tokens and seconds, and the `verdict`.
-    """
-    metric = comparison.metric
-    differences = paired(runs, comparison, metric)
-    measured = interval(differences)
-    guards = {}
-    for guard, margin in comparison.guards.items():
-        loss = interval([guard.sign * d for d in paired(runs, comparison, guard)])
-        guards[str(guard)] = {**dataclasses.asdict(loss), "margin": margin, "holds": loss.low > -margin}
-    improvement = interval([metric.sign * d for d in differences])
-    verdict = decide(improvement, comparison.smallest_effect, all(guard["holds"] for guard in guards.values()))
-    at_equal = {}
-    for axis in AXES:
-        if all(run["points"][-1]["step" if axis == "steps" else axis] > 0 for run in runs):
-            at_equal[axis] = dataclasses.asdict(interval(paired(runs, comparison, metric, axis)))
-    return {
-        "arm": comparison.arm,
-        "against": comparison.against,
-        "metric": str(metric),
-        "direction": metric.direction,
-        "axis": metric.axis,
-        "smallest_effect": comparison.smallest_effect,
-        "differences": differences,
-        **dataclasses.asdict(measured),
-        "guards": guards,
-        "at_equal": at_equal,
-        "verdict": verdict,
-    }
-
-
-def result(study: Study, tuning: dict, runs: list[dict], command: list[str]) -> dict[str, Any]:
-    """What is written to `claims/results/<method>.json`."""
-    seconds = sum(tuned["seconds"] for tuned in tuning.values()) + sum(run["total_seconds"] for run in runs)
-    claim = study.claim
-    comparisons = [judge(runs, comparison) for comparison in claim.comparisons]
-    return {
-        "method": claim.method,
-        "statement": claim.statement,
-        "figures": claim.figures,
-        "check": claim.check,
-        "verdict": NOT_SHOWN if study.short else comparisons[0]["verdict"],
-        "comparisons": comparisons,
-        "seeds": sorted({run["seed"] for run in runs}),
-        "development_seeds": list(DEVELOPMENT_SEEDS),
-        "tuned_on": str(claim.tune_on),
-        "tuning": rounded(tuning),
-        "minutes": round(seconds / 60 / study.jobs, 1),
-        "model": study.model or "tiny",
-        "quick": study.short,
-        "command": " ".join(command),
-        "versions": {**_versions(), "python": platform.python_version(), "cpus": os.cpu_count()},
-        "settings": {
-            "task": claim.task,
-            "task_kwargs": dict(claim.task_kwargs),
-            "start": dataclasses.asdict(claim.start),
-            "all_arms": dict(claim.settings),
-            **{name: str(value) for name, value in claim.trainer_kwargs.items()},
-            "arms": {label: {"methods": arm.methods, **arm.settings} for label, arm in claim.arms.items()},
-            "train_problems": claim.train_problems,
-            "held_out": claim.held_out,
-        },
-        "runs": [rounded(run) for run in runs],
-    }
-
-
-def rounded(numbers: Any) -> Any:
-    """The same structure with floats to six significant digits, which is what a reader of the file needs."""
-    if isinstance(numbers, float):
-        return float(f"{numbers:.6g}")
-    if isinstance(numbers, dict):
-        return {key: rounded(number) for key, number in numbers.items()}
-    if isinstance(numbers, (list, tuple)):
-        return [rounded(number) for number in numbers]
-    return numbers

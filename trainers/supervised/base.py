@@ -96,6 +96,8 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         "get_batch_samples",
     )
     config_class = SupervisedConfig
+    # Nothing is sampled
+    sampled_tokens = 0
 
     def __init__(self, model: Any, args: Any = None, *trl_args: Any, stages: Any = None, **trl_kwargs: Any):
         super().__init__(**self.trl_arguments(SFTTrainer, model, args, *trl_args, stages=stages, **trl_kwargs))
@@ -154,6 +156,11 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
 
     def _method_names(self) -> str:
         return " + ".join(f"'{m.name}'" for m in self.methods)
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that training has gone through so far."""
+        return int(self._total_train_tokens)
 
     def method_state(self) -> dict[str, Any]:
         return super().method_state() | {"total_train_tokens": self._total_train_tokens}
