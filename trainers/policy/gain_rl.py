@@ -13,8 +13,8 @@ from ...models.observation import Pass, last_mlp, observe
 from ...samplers.prompts.angle_curriculum import AngleCurriculum
 from ..method import Method
 from .base import PolicyConfig, PolicyTrainer
+from .passes import OldPass
 from .record import RolloutRecord, ScoredBatch
-from .scoring import OldPass
 
 
 @method_config
@@ -221,7 +221,7 @@ class GainRlGRPOTrainer(PolicyTrainer):
 
     def _segments(self, prompt: Any) -> tuple[list[int], list[int], list[int]]:
         """Token ids of a prompt, and the masks of its prefix and its question."""
-        ids = self._tokenize_prompts([prompt])[0][0]
+        ids = self.tokenize_prompts([prompt])[0]
         first, last = 0, len(ids)
         if is_conversational({"prompt": prompt}):
             template = {"chat_template": self.chat_template, "tokenize": True, "return_dict": False}
