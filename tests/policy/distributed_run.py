@@ -111,7 +111,7 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
         model, REWARDS.get(label, [reward_of(trainer_class)]), args, train_dataset=dataset("policy")
     )
     if label in ALIKE:
-        trainer.micro_batches = InOrder(**vars(trainer.micro_batches))
+        trainer.batching = InOrder(**vars(trainer.batching))
     trainer.train()
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -160,7 +160,7 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
     expected_loss, expected = gradient(theirs, halves)
 
     ours = PolicyTrainer(policy_path, reward, PolicyConfig(**values), train_dataset=dataset("policy"))
-    assert ours._shares_prompts and ours.micro_batches is not None
+    assert ours._shares_prompts and ours.batching is not None
     ours.model.train()
     torch.manual_seed(5)
     ours._generate_single_turn = lambda *a, _rows=batch, **k: (

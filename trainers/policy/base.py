@@ -156,7 +156,7 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
             logger.warning(f"Micro-batches are cut as in TRL, rows without effect included: {reason}.")
             return
         windows = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
-        self.micro_batches = MicroBatches(args.steps_per_generation, windows, args.per_device_train_batch_size)
+        self.batching = MicroBatches(args.steps_per_generation, windows, args.per_device_train_batch_size)
 
     @classmethod
     def needs_reference(cls, args: Any) -> bool:

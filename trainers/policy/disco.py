@@ -137,7 +137,7 @@ class DiscoGRPOTrainer(PolicyTrainer):
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
-        if self.args.disco_score != "none" and self.args.steps_per_generation > 1 and self.micro_batches is None:
+        if self.args.disco_score != "none" and self.args.steps_per_generation > 1 and self.batching is None:
             cause = why_not_regrouped(self) or "`group_batches` and `skip_zero_rows` are off"
             raise ValueError(
                 f"DisCO compares all answers to a question in one pass, but micro-batches are cut without regard to "

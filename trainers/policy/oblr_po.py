@@ -220,7 +220,7 @@ class OblrPoGRPOTrainer(PolicyTrainer):
                 "one per update. Raise `gradient_accumulation_steps`."
             )
             return
-        if self.micro_batches is None or self.args.per_device_train_batch_size % self.num_generations:
+        if self.batching is None or self.args.per_device_train_batch_size % self.num_generations:
             logger.warning(
                 "`snr_lr`: completions of one prompt lie in several micro-batches, whose gradients are then not "
                 "independent, so that the estimated noise is biased. Make `per_device_train_batch_size` a multiple "

@@ -47,18 +47,18 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
     [`~trl.GRPOTrainer`] whose steps are those of [`~papertrl.PolicyTrainer`]'s stages.
 
     Attributes:
-        micro_batches ([`MicroBatches`], *optional*):
+        batching ([`MicroBatches`], *optional*):
             Cuts generation batches; `None` where they are cut as in TRL.
     """
 
-    micro_batches: MicroBatches | None = None
+    batching: MicroBatches | None = None
     _reference_only = False
     _sampled_tokens = 0
 
     # --- Generation ---------------------------------------------------------------------------------------------
 
     def _prepare_inputs(self, generation_batch):
-        if self.micro_batches is None or not self.model.training:
+        if self.batching is None or not self.model.training:
             return super()._prepare_inputs(generation_batch)
         steps = self.args.steps_per_generation
         if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
@@ -66,7 +66,7 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
             computed = torch.ones_like(record.group_ids, dtype=torch.bool)
             if self.args.skip_zero_rows:
                 computed = self.contributing_rows(record)
-            batches = self.micro_batches.cut(record.group_ids, computed)
+            batches = self.batching.cut(record.group_ids, computed)
             skipped = torch.tensor([len(computed) - sum(map(len, batches)), len(computed)], device=computed.device)
             self.log_mean("rows/skipped_fraction", *skipped)
             self._buffered_inputs = [record.take(rows).as_batch() for rows in batches]
