@@ -84,6 +84,9 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
 
     Choice, repair, demonstration, filter, selection and feedback act in training only; evaluation takes every prompt
     as it comes.
+
+    [`~papertrl.trainers.policy.stages.PolicyStages`] has the stages, with what they take and give;
+    [`~papertrl.trainers.policy.services.PolicyServices`] what they may call.
     """
 
     family = "policy"
