@@ -199,7 +199,7 @@ class GainRl(Component):
 
     def _segments(self, prompt: Any) -> tuple[list[int], list[int], list[int]]:
         """Token ids of a prompt, and the masks of its prefix and its question."""
-        ids = self.trainer._tokenize_prompts([prompt])[0][0]
+        ids = self.trainer.tokenize_prompts([prompt])[0]
         first, last = 0, len(ids)
         if is_conversational({"prompt": prompt}):
             template = {"chat_template": self.trainer.chat_template, "tokenize": True, "return_dict": False}

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from papertrl.core.catalogue import load_trainer
 from papertrl.core.compose import compose
+from papertrl.trainers.policy.batching import MicroBatches
 
 from ..suite import active_config, dataset, digit_parity, history, reward_of, weights
 
@@ -62,9 +63,11 @@ REWARDS = {"gradient_weighting": [digit_parity, brevity]}
 ALIKE = {"accumulated"}
 
 
-def in_order(self, record):
+class InOrder(MicroBatches):
     """Micro-batches of the rows as they come."""
-    return list(torch.arange(len(record.row_weight)).split(self.args.per_device_train_batch_size))
+
+    def cut(self, group_ids, computed):
+        return list(torch.arange(len(group_ids)).split(self.rows))
 
 
 def keyed_completions(self, prompt_ids, *args, **kwargs):
@@ -91,8 +94,7 @@ def run(folder: Path, model: str, world: int) -> None:
 def run_one(folder: Path, model: str, world: int, label: str) -> None:
     names, values = RUNS[label]
     trainer_class = compose(*map(load_trainer, names))
-    changed = {"_generate_single_turn": keyed_completions} | ({"_micro_batches": in_order} if label in ALIKE else {})
-    trainer_class = type(trainer_class.__name__, (trainer_class,), changed)
+    trainer_class = type(trainer_class.__name__, (trainer_class,), {"_generate_single_turn": keyed_completions})
     micro_batch = 8 if label in ALIKE else 16 // world
     args = active_config(
         trainer_class,
@@ -108,6 +110,8 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
     trainer = trainer_class(
         model, REWARDS.get(label, [reward_of(trainer_class)]), args, train_dataset=dataset("policy")
     )
+    if label in ALIKE:
+        trainer.batching = InOrder(**vars(trainer.batching))
     trainer.train()
     if trainer.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)

@@ -21,8 +21,12 @@ def recorded(trainer_class):
         def _generate_and_score_completions(self, inputs):
             model = frozen(self.model)
             batch = super()._generate_and_score_completions(inputs)
-            self.generations.append((self._scored, dict(batch), model, list(self._inputs)))
+            self.generations.append((self.finished.scored, dict(batch), model, list(self.finished.inputs)))
             return batch
+
+        def prepare_objective(self, record):
+            super().prepare_objective(record)
+            self.finished = self.generation
 
         def _compute_loss(self, model, inputs):
             before = frozen(self.model)

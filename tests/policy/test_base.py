@@ -236,6 +236,48 @@ def test_selection_recounts_the_normalizers(policy_path, tmp_path):
         build(HalfOfTheRows, "policy", policy_path, args).train()
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_tokens_are_counted_and_the_count_survives_a_resume(fast, policy_path, tmp_path):
+    class HalfOfTheRows(PolicyTrainer):
+        sampled = trained = 0
+
+        def select(self, record, scored):
+            record.row_weight = record.row_weight * (torch.arange(record.row_weight.numel()) % 2)
+
+        def observe_batch(self, scored, record):
+            self.sampled += int(record.completion_mask.sum())
+            self.trained += int(record.completion_mask[1::2].sum())
+
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "fast_rollouts": fast}
+    args = PolicyConfig(**settings("policy", tmp_path, **options))
+    trainer = build(HalfOfTheRows, "policy", policy_path, args)
+    assert (trainer.sampled_tokens, trainer.trained_tokens) == (0, 0)
+    trainer.train()
+    assert trainer.sampled_tokens == trainer.sampled > trainer.trained == trainer.trained_tokens > 0
+    resumed = build(HalfOfTheRows, "policy", policy_path, args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert (resumed.sampled_tokens, resumed.trained_tokens) == (trainer.sampled_tokens, trainer.trained_tokens)
+
+
+def test_evaluation_is_sampled_but_not_trained(policy_path, tmp_path):
+    args = PolicyConfig(**settings("policy", tmp_path, per_device_eval_batch_size=8))
+    trainer = build(PolicyTrainer, "policy", policy_path, args, eval_dataset=dataset("policy").select(range(4)))
+    trainer.evaluate()
+    assert trainer.sampled_tokens > 0 == trainer.trained_tokens
+
+
+def test_a_generation_ends_even_where_a_stage_fails(policy_path, tmp_path):
+    class Fails(PolicyTrainer):
+        def select(self, record, scored):
+            assert self.generation.scored is scored and self.generation.inputs
+            raise RuntimeError("of a test")
+
+    trainer = build(Fails, "policy", policy_path, PolicyConfig(**settings("policy", tmp_path)))
+    with pytest.raises(RuntimeError, match="of a test"):
+        trainer.train()
+    assert trainer.generation is None
+
+
 def test_feedback_arrives_before_the_next_choice(policy_path, tmp_path):
     events = []
 

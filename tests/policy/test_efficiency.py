@@ -10,8 +10,8 @@ from trl import GRPOConfig, GRPOTrainer
 
 from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
-from papertrl.trainers.policy.batching import PolicyBatching
-from papertrl.trainers.policy.scoring import rollout_inputs
+from papertrl.trainers.policy.batching import MicroBatches
+from papertrl.trainers.policy.passes import rollout_inputs
 from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets, why_not_shared
 
 from ..suite import active_config, build, dataset, digit_parity, settings, weights
@@ -160,7 +160,7 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
     expected_loss, expected = gradient(theirs, halves)
 
     ours = PolicyTrainer(policy_path, reward, PolicyConfig(**values), train_dataset=dataset("policy"))
-    assert ours._shares_prompts and ours._regroups
+    assert ours._shares_prompts and ours.batching is not None
     ours.model.train()
     torch.manual_seed(5)
     ours._generate_single_turn = lambda *a, _rows=batch, **k: (
@@ -218,8 +218,7 @@ def test_every_cut_covers_the_rows_with_effect_in_micro_batches_of_allowed_size(
     ids = torch.arange(total) * groups // total
     computed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)))
     rows = torch.arange(total)[computed]
-    stub = type("Stub", (), {"args": type("Args", (), {"per_device_train_batch_size": limit})})
-    cut = PolicyBatching._cut(stub, rows, ids[rows], count)
+    cut = MicroBatches(count, windows=1, rows=limit).cut_window(rows, ids[rows], count)
     assert [row for batch in cut for row in batch.tolist()] == rows.tolist()
     assert len(cut) <= count and all(0 < len(batch) <= limit for batch in cut)
     # Rows without effect suffice to stand in for the micro-batches that are missing

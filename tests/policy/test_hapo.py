@@ -366,7 +366,7 @@ def test_half_precision_run(policy_path, tmp_path):
 
 
 def test_a_model_without_the_rollout_loop_is_refused(policy_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("papertrl.trainers.policy.rollout.supported", lambda *_: "of a test")
+    monkeypatch.setattr("papertrl.trainers.policy.sampling.supported", lambda *_: "of a test")
     with pytest.raises(ValueError, match="`hapo_temperature_tau` must be 0 with this model"):
         run(HapoGRPOTrainer, policy_path, tmp_path)
     assert metric(run(HapoGRPOTrainer, policy_path, tmp_path, hapo_temperature_tau=0.0), "loss")

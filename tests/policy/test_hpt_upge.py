@@ -544,7 +544,7 @@ def test_ratios_of_another_method_keep_its_loss(policy_path, tmp_path):
         def trust_region(self, stats, record):
             super().trust_region(stats, record)
             first = (record.group_ids == 0).unsqueeze(1)
-            stats.ratio = torch.where(first, stats.ratio / (stats.ratio + 0.5), stats.ratio)
+            stats.reshape(first, stats.ratio / (stats.ratio + 0.5))
             stats.unclip(first)
 
     results = []

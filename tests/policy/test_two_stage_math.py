@@ -12,7 +12,7 @@ from papertrl.losses.policy.two_stage_math import cosine_reward, relative_length
 from papertrl.rewards import boxed_format, boxed_match, cosine_length, exact_match, load_reward, relative_length
 
 from ..suite import dataset, settings
-from .runs import checksum, make, metric, run
+from .runs import checksum, make, metric, recorded, run
 
 rows = st.lists(
     st.tuples(st.sampled_from([0, 1, 4]), st.integers(0, 12) | st.none(), st.booleans()), min_size=1, max_size=12
@@ -221,9 +221,10 @@ def test_the_papers_sum_has_format_and_length_but_no_accuracy(policy_path, tmp_p
     args = TwoStageMathGRPOConfig(
         **settings("policy", tmp_path, max_steps=1, two_stage_correctness_reward="checksum", reward_weights=[0.0, 1.0])
     )
-    trainer = TwoStageMathGRPOTrainer(policy_path, [checksum, formatted], args, train_dataset=dataset("policy"))
+    trainer_class = recorded(TwoStageMathGRPOTrainer)
+    trainer = trainer_class(policy_path, [checksum, formatted], args, train_dataset=dataset("policy"))
     trainer.train()
-    scored = trainer._scored
+    scored, _, _, _ = trainer.generations[0]
     found = trainer.combine_rewards(scored)
     ids = scored.group_ids.tolist()
     for i, correct in enumerate((scored.rewards[:, 0] > 0).tolist()):

@@ -1,46 +1,20 @@
 """The policy family's base: `GRPOTrainer`, opened into stages that methods override."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from datasets import Dataset
 from trl import GRPOConfig, GRPOTrainer
 
 from ...core.configuration import MethodConfigMixin, method_config, method_field
 from ...core.family import POLICY
-from ...losses.policy.groups import by_group, group_mean, group_std, weighted_sum
 from ..method import MethodTrainer
-from .record import RolloutRecord, ScoredBatch
-from .rounds import PolicyRounds
-from .scoring import OldPass
+from .batching import MicroBatches, why_not_regrouped
+from .stages import PolicyStages
+from .trl import OpenedGRPOTrainer
 
-# First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
-PINNED = {
-    "trl.trainer.grpo_trainer.GRPOTrainer.__init__": "18f01b7a46c9544b23d74e822bafa4cb",
-    "trl.trainer.grpo_trainer.GRPOTrainer._prepare_inputs": "f824e7fb0714795697c9b4d574de1e13",
-    "trl.trainer.grpo_trainer.GRPOTrainer._generate": "2a27fdf8f5e6f3562508eec3efb9e9da",
-    "trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn": "e0f02e4fc094cefdb306c6f04da26a25",
-    "trl.trainer.grpo_trainer.GRPOTrainer._generate_and_score_completions": "1fa48922792dcd5c72da155cfe99db47",
-    "trl.trainer.grpo_trainer.GRPOTrainer._calculate_rewards": "736ae29b083840b5da2638b55ad12586",
-    "trl.trainer.grpo_trainer.GRPOTrainer._tokenize_prompts": "d2d27f7c9bfda85f1c3225785fa2f094",
-    "trl.trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": "ea73c3909275851d0cd664b1e7694905",
-    "trl.trainer.grpo_trainer.GRPOTrainer.get_high_entropy_mask": "ce6e86287bac23d6cc5d6c08a5f72e4b",
-    "trl.trainer.grpo_trainer.GRPOTrainer.get_off_policy_mask": "8ee1e196461141a71a87b47d4d1a0d2e",
-    "trl.trainer.grpo_trainer.GRPOTrainer.get_gamma_weights": "3b5fa9ea16cbd80265afa79f4af0239f",
-    "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss": "80295546bbdbf6f711acce7f6e69b010",
-    "trl.trainer.grpo_trainer.GRPOTrainer._get_train_sampler": "36497afb4d311dc9a80d914d27893fe0",
-    "trl.trainer.grpo_trainer.GRPOTrainer.log": "1e7772819cc8cf0980bc9f0b48d6c1c3",
-    "trl.trainer.grpo_trainer.GRPOTrainer._save_checkpoint": "ec91bde1236491119dc68afed1d02f08",
-    "trl.trainer.grpo_trainer.GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd7fdb07894217ecdb6dd7",
-    "transformers.trainer.Trainer._get_grad_norm": "913ba6f52f074d10a4981ffcaac608e9",
-    "transformers.trainer.Trainer._evaluate": "64dfb995ce2027daf172a4f807e3d8fc",
-    "trl.trainer.utils.RepeatSampler": "ba139f4a43eeecd4976bc51c850039df",
-    "trl.trainer.utils.add_fused_lm_head": "422d009f04b66659982f9545a90d560b",
-    "trl.trainer.utils.maybe_gather_lm_head_ctx": "d4d59d01150623ce15106e71fcf519a2",
-    "trl.kernels.chunked_logprob.ChunkedLogProbFunction": "3661e8975a9f64cc39d250ecf3e2ae22",
-}
+logger = get_logger(__name__)
 
 
 @method_config
@@ -78,7 +52,7 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
     )
 
 
-class PolicyTrainer(MethodTrainer, PolicyRounds):
+class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] whose step is a sequence of stages. By itself it trains as its parent does: to the bit with
     `fast_rollouts`, `share_prompts`, `group_batches` and `skip_zero_rows` off. With them on, as they are by default,
@@ -111,6 +85,9 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
 
     Choice, repair, demonstration, filter, selection and feedback act in training only; evaluation takes every prompt
     as it comes.
+
+    [`~papertrl.trainers.policy.stages.PolicyStages`] has the stages, with what they take and give;
+    [`~papertrl.trainers.policy.services.PolicyServices`] what they may call.
     """
 
     family = POLICY
@@ -168,12 +145,33 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         with self._reference_on(args):
             super().__init__(**given)
         self.beta = args.beta
-        self._set_up_scoring()
-        self._set_up_batching()
+        self._trained_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
+        self._set_up_sharing(self.temperature, self.args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
+        self._set_up_micro_batches()
         if (drawing or replacing) and self._is_vlm:
             names = [*drawing, *replacing]
             raise ValueError(f"Methods {names} support text models only, got a vision-language model.")
         self.attach_slots()
+
+    def _set_up_micro_batches(self) -> None:
+        args = self.args
+        if not (args.group_batches or args.skip_zero_rows):
+            return
+        reason = why_not_regrouped(self)
+        if reason is not None:
+            logger.warning(f"Micro-batches are cut as in TRL, rows without effect included: {reason}.")
+            return
+        windows = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
+        self.batching = MicroBatches(args.steps_per_generation, windows, args.per_device_train_batch_size)
+
+    @classmethod
+    def needs_reference(cls, args: Any) -> bool:
+        """
+        Whether some method needs, under the config `args`, the log-probabilities of the frozen initial policy.
+
+        They are in `record.ref_per_token_logps` then, also with `beta` 0. Extend through `super()`.
+        """
+        return False
 
     def _drawing_prompts(self, args: Any) -> list[str]:
         """Names of the methods that choose or refill prompts."""
@@ -185,118 +183,8 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
         found = [*self.deciding("rollout", args), *self.acting("repair", args), *self.acting("demonstrate", args)]
         return list(dict.fromkeys(owner.method.name for owner in found))
 
-    @classmethod
-    def needs_reference(cls, args: Any) -> bool:
-        """
-        Whether some method needs, under the config `args`, the log-probabilities of the frozen initial policy.
-
-        They are in `record.ref_per_token_logps` then, also with `beta` 0. Extend through `super()`.
-        """
-        return False
-
-    @contextmanager
-    def _reference_on(self, holder: Any) -> Iterator[None]:
-        """Make TRL build and run its reference, which it does where `holder.beta` is not 0."""
-        if self._reference_only:
-            holder.beta = 1.0
-        try:
-            yield
-        finally:
-            if self._reference_only:
-                holder.beta = 0.0
-
-    # --- Stages -------------------------------------------------------------------------------------------------
-
-    def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
-        """
-        Stage *statistics*, second half: put per-token or per-row values of this rank into `record.statistics`.
-
-        What the advantage stages need per row goes, gathered from all ranks, into `scored.statistics`. Advantages are
-        not known yet.
-        """
-        for component in self.slots:
-            component.see_rollouts(record, scored, old_pass)
-
-    def combine_rewards(self, scored: ScoredBatch) -> torch.Tensor:
-        """Stage *combine rewards*: one reward per row `(rows,)`, NaN on rows that no source scored."""
-        weights = self.reward_weights.to(scored.rewards.device)
-        if self.multi_objective_aggregation == "sum_then_normalize":
-            return weighted_sum(scored.rewards, weights)
-        normalized = [
-            (source - group_mean(source, scored.group_ids)) / (group_std(source, scored.group_ids) + 1e-4)
-            for source in scored.rewards.unbind(1)
-        ]
-        return weighted_sum(torch.stack(normalized, dim=1), weights)
-
-    def baseline(self, scored: ScoredBatch, rewards: torch.Tensor) -> torch.Tensor:
-        """Stage *baseline*: what is subtracted from each row's combined reward, `(rows,)`."""
-        if self.multi_objective_aggregation == "normalize_then_sum":
-            return torch.nanmean(rewards).expand_as(rewards)
-        return group_mean(rewards, scored.group_ids)
-
-    def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
-        """Stage *scale*: advantages `(rows,)` from combined and centered rewards."""
-        if self.scale_rewards == "none" and self.multi_objective_aggregation == "sum_then_normalize":
-            return centered
-        if self.scale_rewards == "batch" or self.multi_objective_aggregation == "normalize_then_sum":
-            std = group_std(rewards, torch.zeros_like(scored.group_ids))
-        else:
-            std = group_std(rewards, scored.group_ids)
-        return centered / (std + 1e-4)
-
-    def advantages(self, scored: ScoredBatch, record: RolloutRecord) -> torch.Tensor:
-        """
-        Stage *advantages*: `(rows,)`, from the three stages before; NaN on rows that no source scored.
-
-        For methods that weigh sources after each was scaled, with [`scaled`], or by what `record` holds. Its
-        `advantages` are not set yet.
-        """
-        return self.scaled(scored, self.combine_rewards(scored))
-
-    def spread(self, record: RolloutRecord, scored: ScoredBatch) -> None:
-        """
-        Stage *spread*: change `record.advantages`, from `(batch,)` to `(batch, time)` where tokens differ, in place.
-
-        Values on padding have no effect. Where rows change as a whole, change `scored.advantages` with them.
-        """
-
-    def select(self, record: RolloutRecord, scored: ScoredBatch) -> None:
-        """
-        Stage *select*: narrow `record.loss_mask` and lower `record.row_weight` in place.
-
-        `completion_mask` stays as it is: it is the attention mask. The base counts tokens and rows anew afterwards.
-        """
-
-    def prepare_objective(self, record: RolloutRecord) -> None:
-        """Stage *prepare objective*: put what the loss needs of the whole selected batch into `record.statistics`."""
-
-    def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
-        """Stage *feedback*: update state from a finished batch; from values that are the same on every rank."""
-        for component in self.slots:
-            component.observe(scored, record)
-
-    def observe_evaluation(self, metrics: dict[str, float]) -> None:
-        """Stage *feedback*: update state from the metrics of an evaluation during training, the same on every rank."""
-
     def choosing_itself(self) -> bool:
         return True
-
-    # --- Services for stages ------------------------------------------------------------------------------------
-
-    def scaled(self, scored: ScoredBatch, rewards: torch.Tensor) -> torch.Tensor:
-        """Advantages `(rows,)` of one reward per row, by the stages *baseline* and *scale*."""
-        return self.scale(scored, rewards, rewards - self.baseline(scored, rewards))
-
-    def solved(self, scored: ScoredBatch) -> torch.Tensor:
-        """Rows `(rows,)` whose weighted reward, after the stage *score*, is above `success_threshold`."""
-        return (
-            weighted_sum(scored.rewards, self.reward_weights.to(scored.rewards.device)) > self.args.success_threshold
-        )
-
-    def solved_share(self, scored: ScoredBatch) -> torch.Tensor:
-        """Share of each group's completions that are solved `(groups,)`; of those that were scored, NaN for none."""
-        solved = self.solved(scored).float().masked_fill(scored.rewards.isnan().all(1), torch.nan)
-        return torch.nanmean(by_group(solved, scored.group_ids), dim=1)
 
     def keyed_generator(self, *key: int) -> torch.Generator:
         """CPU generator for this generation batch and `key`: the same on every rank and after a resume."""
@@ -305,88 +193,33 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
             number = (number * 1_000_003 + part + 1) % 2**62
         return torch.Generator().manual_seed(number)
 
-    def gather_ragged(self, values: torch.Tensor, fill: float) -> torch.Tensor:
-        """
-        Concatenate one-dimensional tensors of different lengths over ranks.
-
-        Args:
-            values (`torch.Tensor` of shape `(n,)`):
-                This rank's values.
-            fill (`float`):
-                A number that does not occur among them.
-        """
-        gathered = self.accelerator.gather(self.accelerator.pad_across_processes(values, dim=0, pad_index=fill))
-        return gathered[gathered != fill]
-
-    # --- Generation ---------------------------------------------------------------------------------------------
-
-    def _generate_and_score_completions(self, inputs):
-        train = self.model.training
-        self._group_size = self.num_generations if train else self.num_generations_eval
-        self._prompt_indices = None
-        if train:
-            chosen = self.choose_prompts(self.accelerator.num_processes * len(inputs) // self._group_size, round=0)
-            if chosen is not None:
-                self._prompt_indices = chosen
-                inputs = self._dataset_rows(chosen)
-        self._inputs = list(inputs)
-        needs = self.old_pass_needs()
-        self._old_pass = None
-        self._capture_old_pass = bool(needs) and self._trl_makes_old_pass()
-        with self._reference_on(self):
-            output = super()._generate_and_score_completions(self._inputs)
-        self._capture_old_pass = False
-
-        scored = self._scored
-        record = RolloutRecord.from_generation(output, scored)
-        self._account_for_sampled_prompts(record)
-        if needs:
-            self.collect_statistics(record, scored, self._old_pass or self._make_old_pass(record))
-        scored.advantages = torch.nan_to_num(self.advantages(scored, record), nan=0.0) * scored.usable
-        scored.validate()
-        self._log_advantages(scored.advantages)
-        record.advantages = scored.advantages[scored.local].clone()
-        self.spread(record, scored)
-        if train:
-            self.select(record, scored)
-        record.validate()
-        self._count(record)
-        self.prepare_objective(record)
-        record.validate(values=self.args.check_records)
-        if train:
-            self.observe_batch(scored, record)
-        return record.as_batch()
-
-    # --- Updates ------------------------------------------------------------------------------------------------
-
-    def _evaluate(self, *args, **kwargs):
-        metrics = super()._evaluate(*args, **kwargs)
-        self.observe_evaluation(metrics)
-        return metrics
-
     # --- Accounts -----------------------------------------------------------------------------------------------
 
-    def _count(self, record: RolloutRecord) -> None:
-        live = record.row_weight > 0
-        tokens = (record.loss_mask * live.unsqueeze(1)).sum()
-        totals = self.accelerator.gather(torch.stack([tokens, live.sum()]).unsqueeze(0)).sum(0)
-        record.num_items_in_batch, record.num_rows_in_batch = totals[0], totals[1].float()
+    @property
+    def sampled_tokens(self) -> int:
+        """Completion tokens that this rank has sampled so far, for whatever purpose."""
+        return self._sampled_tokens
 
-    def _log_advantages(self, advantages: torch.Tensor) -> None:
-        logged = self._logs["advantages"]
-        for _ in range(min(len(advantages), len(logged))):
-            logged.pop()
-        logged.extend(advantages.tolist())
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the loss, in rows of non-zero weight, of this rank's generation batches so far."""
+        return int(self._trained_tokens)
 
     # --- State --------------------------------------------------------------------------------------------------
 
     def rank_state(self) -> dict[str, Any]:
         reused = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
-        return super().rank_state() | {"step": self._step, "buffer": self._buffered_inputs if reused else None}
+        return super().rank_state() | {
+            "step": self._step,
+            "buffer": self._buffered_inputs if reused else None,
+            "tokens": [self.sampled_tokens, self.trained_tokens],
+        }
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         super().load_rank_state(state)
         self._step = state["step"]
+        self._sampled_tokens = state["tokens"][0]
+        self._trained_tokens.fill_(state["tokens"][1])
         if isinstance(self.train_dataset, Dataset) and self.shuffle_dataset:
             # The sampler draws one permutation per epoch from a generator of its own, which a resume starts anew
             for _ in range(int(self.state.epoch)):
@@ -397,7 +230,3 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
                 {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
                 for batch in state["buffer"]
             ]
-
-    def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler

@@ -19,8 +19,8 @@ from ...losses.policy.constrained_rlhf import (
     within,
 )
 from .base import PolicyConfig, PolicyTrainer
+from .passes import OldPass
 from .record import RolloutRecord, ScoredBatch
-from .scoring import OldPass
 
 _COEFFICIENTS = ("alpha", "gamma", "rho", "sigma", "tolerance")
 

@@ -14,8 +14,8 @@ from ...losses.policy.d3s import (
 )
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
+from .passes import OldPass
 from .record import RolloutRecord, ScoredBatch
-from .scoring import OldPass
 
 
 @method_config

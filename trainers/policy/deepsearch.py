@@ -2,8 +2,6 @@
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
-from trl.trainer.utils import pad
 
 from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
@@ -22,6 +19,7 @@ from ...samplers.trees.search import grow
 from ...samplers.trees.tree import Rules, Tree, completion, entropy, path
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
+from .passes import pad_rows
 from .record import Generation, RolloutRecord, ScoredBatch, Source
 
 # Column of the dataset rows that says which nodes a completion consists of
@@ -190,7 +188,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         if self.args.tree_width is None or not self.model.training:
             return super().rollout(inputs, prompts)
         size, rank, world = self.num_generations, self.accelerator.process_index, self.accelerator.num_processes
-        prompt_ids = self._tokenize_prompts(prompts)[0]
+        prompt_ids = self.tokenize_prompts(prompts)
         # A group's rows may lie on two ranks: each rank searches for whole groups of the global batch
         rows = gather_object(list(zip(inputs, prompts, prompt_ids, strict=True)))
         heads = rows[::size]
@@ -263,47 +261,19 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
             rows = [ids for ids, count in zip(prompts, counts, strict=True) for _ in range(count)]
             wanted = len(rows)
             rows += [filler] * (self._largest(wanted) - wanted)
-            with self._at_most(tokens):
-                completions, logps = self._generate_single_turn(rows, None, {}, 1)
+            completions, logps = self.sample(rows, tokens)
             if logps is None:
                 logps = self._logps_of(rows, completions)
             return completions[:wanted], logps[:wanted]
 
         return sample
 
-    @contextmanager
-    def _at_most(self, tokens: int) -> Iterator[None]:
-        """Let the sampler stop after so many tokens."""
-        holder, name = self.generation_config, "max_new_tokens"
-        if self.use_vllm:
-            holder, name = self.vllm_generation, "max_completion_length"
-        kept = getattr(holder, name)
-        setattr(holder, name, tokens)
-        try:
-            yield
-        finally:
-            setattr(holder, name, kept)
-
-    @torch.no_grad()
     def _logps_of(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
         """Log-probabilities of completions whose sampler does not give them."""
-        device = self.accelerator.device
-
-        def padded(rows: list[list[int]], side: str) -> list[torch.Tensor]:
-            tensors = [torch.tensor(row, device=device) for row in rows]
-            values = ((tensors, self._tokenizer.pad_token_id), ([torch.ones_like(t) for t in tensors], 0))
-            return [pad(part, padding_value=value, padding_side=side) for part, value in values]
-
-        left, right = padded(prompts, "left"), padded(completions, "right")
-        # A pass over the rollouts that other methods wait for is still to come
-        capture, self._capture_old_pass = self._capture_old_pass, False
-        logps, _, _ = self._get_per_token_logps_and_entropies(
-            self.model,
-            *(torch.cat(pair, dim=1) for pair in zip(left, right, strict=True)),
-            right[0].shape[1],
-            batch_size=self.args.per_device_train_batch_size,
+        fill, device = self._tokenizer.pad_token_id, self.accelerator.device
+        logps = self.score_rows(
+            *pad_rows(prompts, fill, "left", device), *pad_rows(completions, fill, "right", device)
         )
-        self._capture_old_pass = capture
         return [row[: len(ids)] for row, ids in zip(logps.tolist(), completions, strict=True)]
 
     def _verified(self, asked: list[tuple], filler: tuple) -> list[bool]:
@@ -389,7 +359,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
             return
         # Rows that other methods put in since then are none of a tree, whatever stands in their dataset row
         found = (record.source == Source.POLICY) | (record.source == Source.REPLAY)
-        nodes = [row.get(NODES, {"lengths": [0], "advantages": [0.0]}) for row in self._inputs]
+        nodes = [row.get(NODES, {"lengths": [0], "advantages": [0.0]}) for row in self.generation.inputs]
         lengths, values = (
             pad_sequence([torch.tensor(row[name]) for row in nodes], batch_first=True).to(record.advantages.device)
             for name in ("lengths", "advantages")

@@ -15,6 +15,7 @@ from ...losses.policy.disco import (
     sampling_divergence,
 )
 from .base import PolicyConfig, PolicyTrainer
+from .batching import why_not_regrouped
 from .objective import PolicyStatistics
 from .record import RolloutRecord, ScoredBatch, Source
 
@@ -128,8 +129,8 @@ class DiscoGRPOTrainer(PolicyTrainer):
 
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
-        if self.args.disco_score != "none" and self.args.steps_per_generation > 1 and not self._regroups:
-            cause = self._why_not_regrouped() or "`group_batches` and `skip_zero_rows` are off"
+        if self.args.disco_score != "none" and self.args.steps_per_generation > 1 and self.batching is None:
+            cause = why_not_regrouped(self) or "`group_batches` and `skip_zero_rows` are off"
             raise ValueError(
                 f"DisCO compares all answers to a question in one pass, but micro-batches are cut without regard to "
                 f"questions: {cause}. Change that, or set `steps_per_generation=1`."

@@ -166,7 +166,7 @@ class DlerGRPOTrainer(PolicyTrainer):
         keep = super().filter_groups(scored)
         if not self.args.dler_dynamic_sampling:
             return keep
-        rewards = self.combine_rewards(scored)
+        rewards = self.combined_rewards(scored)
         varied = group_varies(rewards, scored.group_ids)
         best = torch.nan_to_num(by_group(rewards, scored.group_ids)).amax(1)
         self.log_metric("dler/all_zero_groups", (~varied & (best <= 0)).float().mean())

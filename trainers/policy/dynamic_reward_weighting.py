@@ -244,12 +244,12 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         sources = advantages.shape[1]
         totals = [torch.zeros(sources, p.numel(), device=p.device) for p in parameters]
         for rows in torch.arange(len(advantages)).split(self.args.per_device_train_batch_size):
-            part = RolloutRecord.from_batch(self._rows(record, rows))
+            part = record.take(rows)
             with self.compute_loss_context_manager():
-                stats = self._policy_statistics(self.model, part)
+                stats = self.policy_statistics(self.model, part)
                 penalty = self.beta * self.divergence(stats, part) if self.beta != 0.0 else 0.0
                 losses = [
-                    self._aggregate(penalty - stats.ratio * column(source), part)[0]
+                    self.aggregate(penalty - stats.ratio * column(source), part)[0]
                     for source in advantages[rows.to(advantages.device)].unbind(1)
                 ]
             for k, loss in enumerate(losses):
@@ -257,7 +257,7 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
                 for total, gradient in zip(totals, gradients, strict=True):
                     if gradient is not None:
                         total[k] += gradient.flatten()
-        # `_aggregate` scales a micro-batch for one optimizer step; this is the mean over the generation batch
+        # `aggregate` scales a micro-batch for one optimizer step; this is the mean over the generation batch
         share = self.current_gradient_accumulation_steps / self.args.steps_per_generation
         gram = torch.zeros(sources, sources, device=advantages.device)
         for total in totals:

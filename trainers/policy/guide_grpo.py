@@ -135,7 +135,9 @@ class GuideGRPOTrainer(PolicyTrainer):
         if not places:
             return
         hinted = self.reroll(
-            [draft.rows[p]["inputs"] for p in places], [self._hint(draft, p) for p in places], self._group_size
+            [draft.rows[p]["inputs"] for p in places],
+            [self._hint(draft, p) for p in places],
+            self.generation.group_size,
         )
         success = self.solved_share(hinted.scored)
         kept = self._teaches(success)
@@ -143,7 +145,7 @@ class GuideGRPOTrainer(PolicyTrainer):
         self.log_metric("guide/kept_hinted_groups", kept.float().sum())
         kept = kept.tolist()
         for index, place in enumerate(places):
-            if kept[index // self._group_size]:
+            if kept[index // self.generation.group_size]:
                 draft.take(place, hinted, index, scored_under=draft.rows[place]["prompt_ids"])
                 draft.scored.off_prompt[place] = self.args.guide_importance_weighting
 
@@ -168,16 +170,14 @@ class GuideGRPOTrainer(PolicyTrainer):
         self.log_mean("guide/token_fraction", tokens.sum(), record.loss_mask.sum())
         self.log_mean("guide/ratio_mean", (stats.ratio * tokens).sum(), tokens.sum())
         self.log_mean("guide/approx_kl", (-stats.log_ratio * tokens).sum(), tokens.sum())
-        shaped = stats.ratio
         if self.args.guide_reshape == "percentile":
             ratios = self.gather_ragged(stats.ratio.detach()[tokens], fill=-1.0)
             gamma = percentile_gamma(ratios, gamma)
             self.log_metric("guide/gamma", gamma)
         if self.args.guide_reshape in ("percentile", "constant"):
-            shaped = reshape_ratio(stats.ratio, gamma)
+            stats.reshape(guided, reshape_ratio(stats.ratio, gamma))
         elif self.args.guide_reshape == "power":
-            shaped = stats.ratio**gamma
-        stats.ratio = torch.where(guided, shaped, stats.ratio)
+            stats.reshape(guided, stats.ratio**gamma)
         stats.unclip(guided)
 
     def _teaches(self, share: torch.Tensor) -> torch.Tensor:

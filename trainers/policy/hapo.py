@@ -19,8 +19,8 @@ from ...losses.policy.hapo import (
 from ...samplers.decoding.entropy_temperature import EntropyTemperature
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
+from .passes import OldPass
 from .record import Generation, RolloutRecord, ScoredBatch
-from .scoring import OldPass
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 _SCALE = ("pivot", "lowest", "highest")

@@ -361,9 +361,10 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
         self.log_mean("upge/coefficient", (found * live).sum(), live.sum())
         self.log_mean("upge/masked_tokens", ((found == 0) * live).sum(), live.sum())
         loss = coefficient_loss(found, stats.logps)
+        if stats.reshaped is None:
+            return loss
         # Ratios that another method has set, it has set for the configured loss
-        reshaped = stats.ratio.detach() != stats.log_ratio.detach().exp()
-        return torch.where(reshaped, super().objective(stats, record), loss)
+        return torch.where(stats.reshaped, super().objective(stats, record), loss)
 
     def _coefficient(self, estimator: Estimator, stats: PolicyStatistics, record: RolloutRecord):
         """Coefficients `(batch, time)`, and the advantages in them."""

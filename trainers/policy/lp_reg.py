@@ -16,8 +16,8 @@ from ...losses.terms import LossTerm
 from ...models.observation import lm_head
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
+from .passes import OldPass
 from .record import RolloutRecord, ScoredBatch
-from .scoring import OldPass
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
 

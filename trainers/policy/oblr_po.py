@@ -14,8 +14,8 @@ from ...losses.policy.groups import group_mean
 from ...losses.policy.oblr_po import gradient_noise, logit_energy, optimal_baseline, snr_multiplier
 from ...models.observation import causal_lm, decoder_layers, lm_head
 from .base import PolicyConfig, PolicyTrainer
+from .passes import OldPass
 from .record import RolloutRecord, ScoredBatch
-from .scoring import OldPass
 
 logger = get_logger(__name__)
 
@@ -175,15 +175,13 @@ class OblrPoGRPOTrainer(PolicyTrainer):
         squares[mask] = found.to(squares)
         return logit_energy(old_pass.logps, squares, mask)
 
-    @torch.enable_grad()
     def _gradient_squares(self, record: RolloutRecord) -> torch.Tensor:
         """|∇ logπ|² of each row, over all parameters that are trained: one backward pass per row."""
-        input_ids = torch.cat([record.prompt_ids, record.completion_ids], dim=1)
-        attention_mask = torch.cat([record.prompt_mask, record.completion_mask], dim=1)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         squares = []
-        for ids, mask, tokens in zip(input_ids.split(1), attention_mask.split(1), record.loss_mask, strict=True):
-            logps, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, mask, len(tokens))
+        layout = (record.prompt_ids, record.prompt_mask, record.completion_ids, record.completion_mask)
+        for *row, tokens in zip(*(part.split(1) for part in layout), record.loss_mask, strict=True):
+            logps = self.score_rows(*row, gradient=True)
             gradient = torch.autograd.grad((logps[0] * tokens).sum(), parameters, allow_unused=True)
             squares.append(_square(gradient))
         # No part of an update
@@ -209,7 +207,7 @@ class OblrPoGRPOTrainer(PolicyTrainer):
                 "one per update. Raise `gradient_accumulation_steps`."
             )
             return
-        if not self._regroups or self.args.per_device_train_batch_size % self.num_generations:
+        if self.batching is None or self.args.per_device_train_batch_size % self.num_generations:
             logger.warning(
                 "`snr_lr`: completions of one prompt lie in several micro-batches, whose gradients are then not "
                 "independent, so that the estimated noise is biased. Make `per_device_train_batch_size` a multiple "

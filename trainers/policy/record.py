@@ -289,6 +289,17 @@ class RolloutRecord:
         batch = {name: value for name, value in batch.items() if value is not None}
         return batch | {f"statistics/{k}": v for k, v in self.statistics.items()} | self.multimodal
 
+    def take(self, rows: torch.Tensor) -> "RolloutRecord":
+        """The rows of which `rows` are the numbers, of text."""
+        rows = rows.to(self.completion_ids.device)
+        return self.from_batch(
+            {name: value[rows] if value.dim() else value for name, value in self.as_batch().items()}
+        )
+
+    def live_tokens(self) -> torch.Tensor:
+        """Number of tokens of the loss in rows that have weight."""
+        return (self.loss_mask * (self.row_weight > 0).unsqueeze(1)).sum()
+
     def validate(self, values: bool = False) -> None:
         """
         Check the contract: shapes always, values on demand since that waits for the device.

@@ -1,0 +1,171 @@
+"""Every method of TRL's that the policy family overrides: each hands its part of the step to the stages."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..shared_prefix import SharesPrompts
+from .batch import GenerationBatch
+from .batching import MicroBatches
+from .loss import policy_loss
+from .passes import score_tokens
+from .record import RolloutRecord
+from .sampling import fast_rollouts
+from .services import PolicyServices
+
+# First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
+PINNED = {
+    "trl.trainer.grpo_trainer.GRPOTrainer.__init__": "18f01b7a46c9544b23d74e822bafa4cb",
+    "trl.trainer.grpo_trainer.GRPOTrainer._prepare_inputs": "f824e7fb0714795697c9b4d574de1e13",
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate": "2a27fdf8f5e6f3562508eec3efb9e9da",
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate_single_turn": "e0f02e4fc094cefdb306c6f04da26a25",
+    "trl.trainer.grpo_trainer.GRPOTrainer._generate_and_score_completions": "1fa48922792dcd5c72da155cfe99db47",
+    "trl.trainer.grpo_trainer.GRPOTrainer._calculate_rewards": "736ae29b083840b5da2638b55ad12586",
+    "trl.trainer.grpo_trainer.GRPOTrainer._tokenize_prompts": "d2d27f7c9bfda85f1c3225785fa2f094",
+    "trl.trainer.grpo_trainer.GRPOTrainer._get_per_token_logps_and_entropies": "ea73c3909275851d0cd664b1e7694905",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_high_entropy_mask": "ce6e86287bac23d6cc5d6c08a5f72e4b",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_off_policy_mask": "8ee1e196461141a71a87b47d4d1a0d2e",
+    "trl.trainer.grpo_trainer.GRPOTrainer.get_gamma_weights": "3b5fa9ea16cbd80265afa79f4af0239f",
+    "trl.trainer.grpo_trainer.GRPOTrainer._compute_loss": "80295546bbdbf6f711acce7f6e69b010",
+    "trl.trainer.grpo_trainer.GRPOTrainer._get_train_sampler": "36497afb4d311dc9a80d914d27893fe0",
+    "trl.trainer.grpo_trainer.GRPOTrainer.log": "1e7772819cc8cf0980bc9f0b48d6c1c3",
+    "trl.trainer.grpo_trainer.GRPOTrainer._save_checkpoint": "ec91bde1236491119dc68afed1d02f08",
+    "trl.trainer.grpo_trainer.GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd7fdb07894217ecdb6dd7",
+    "transformers.trainer.Trainer._get_grad_norm": "913ba6f52f074d10a4981ffcaac608e9",
+    "transformers.trainer.Trainer._evaluate": "64dfb995ce2027daf172a4f807e3d8fc",
+    "trl.trainer.utils.RepeatSampler": "ba139f4a43eeecd4976bc51c850039df",
+    "trl.trainer.utils.add_fused_lm_head": "422d009f04b66659982f9545a90d560b",
+    "trl.trainer.utils.maybe_gather_lm_head_ctx": "d4d59d01150623ce15106e71fcf519a2",
+    "trl.kernels.chunked_logprob.ChunkedLogProbFunction": "3661e8975a9f64cc39d250ecf3e2ae22",
+}
+
+
+class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
+    """
+    [`~trl.GRPOTrainer`] whose steps are those of [`~papertrl.PolicyTrainer`]'s stages.
+
+    Attributes:
+        batching ([`MicroBatches`], *optional*):
+            Cuts generation batches; `None` where they are cut as in TRL.
+    """
+
+    batching: MicroBatches | None = None
+    _reference_only = False
+    _sampled_tokens = 0
+
+    # --- Generation ---------------------------------------------------------------------------------------------
+
+    def _prepare_inputs(self, generation_batch):
+        if self.batching is None or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            record = RolloutRecord.from_batch(self._generate_and_score_completions(generation_batch))
+            computed = torch.ones_like(record.group_ids, dtype=torch.bool)
+            if self.args.skip_zero_rows:
+                computed = self.contributing_rows(record)
+            batches = self.batching.cut(record.group_ids, computed)
+            skipped = torch.tensor([len(computed) - sum(map(len, batches)), len(computed)], device=computed.device)
+            self.log_mean("rows/skipped_fraction", *skipped)
+            self._buffered_inputs = [record.take(rows).as_batch() for rows in batches]
+        return self._buffered_inputs[self._step % steps]
+
+    def _generate_and_score_completions(self, inputs):
+        self.generation = batch = GenerationBatch(self, inputs, self._makes_old_pass())
+        try:
+            batch.choose()
+            with self._reference_on(self):
+                output = super()._generate_and_score_completions(batch.inputs)
+            record = batch.finish(output)
+        finally:
+            self.generation = None
+        if batch.training:
+            self._trained_tokens += record.live_tokens()
+        return record.as_batch()
+
+    def _makes_old_pass(self) -> bool:
+        """Whether TRL scores finished rollouts with the weights that sampled them, before any other pass."""
+        generate_every = self.args.steps_per_generation * self.num_iterations
+        return self.args.gradient_accumulation_steps % generate_every != 0 or (
+            self.use_vllm and self.vllm_importance_sampling_correction
+        )
+
+    @contextmanager
+    def _reference_on(self, holder: Any) -> Iterator[None]:
+        """Make TRL build and run its reference, which it does where `holder.beta` is not 0."""
+        if self._reference_only:
+            holder.beta = 1.0
+        try:
+            yield
+        finally:
+            if self._reference_only:
+                holder.beta = 0.0
+
+    def _generate(self, prompts):
+        # Between TRL's preparation of prompts and its use of completions
+        self.generation.sample(prompts)
+        rollouts = self.generation.rollouts
+        # TRL goes on to log under the list it passed, which must name the rows that remain
+        prompts[:] = rollouts.prompts
+        self._pending_extra_logs.update(rollouts.log_extra)
+        return rollouts.as_trl()
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, has_tool_images=False):
+        fast = None
+        if self.args.fast_rollouts and not (self.use_vllm or self.use_transformers_continuous_batching):
+            fast = fast_rollouts(self, prompt_ids)
+        if fast is None:
+            completion_ids, logprobs = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        else:
+            completion_ids, logprobs = fast.completion_ids, fast.logprobs
+        self._sampled_tokens += sum(map(len, completion_ids))
+        return completion_ids, logprobs
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        return self.generation.scored.rewards
+
+    def _get_per_token_logps_and_entropies(
+        self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
+    ):
+        batch, needs = self.generation, frozenset()
+        if batch is not None and batch.awaits_old_pass:
+            input_ids, attention_mask, needs = batch.enter_pass(input_ids, attention_mask, logits_to_keep)
+        scores, aux_loss = score_tokens(
+            self,
+            model,
+            input_ids,
+            attention_mask,
+            attention_mask[:, -logits_to_keep:].bool(),
+            batch_size,
+            needs | {"entropy"} if compute_entropy else needs,
+            **kwargs,
+        )
+        if needs:
+            batch.old_pass = scores
+        return scores.logps, scores.entropies if compute_entropy else None, aux_loss
+
+    def log_advantages(self, advantages: torch.Tensor) -> None:
+        """Put advantages of all ranks' rows, `(rows,)`, in the place of those that TRL computed, in its log."""
+        logged = self._logs["advantages"]
+        for _ in range(min(len(advantages), len(logged))):
+            logged.pop()
+        logged.extend(advantages.tolist())
+
+    # --- Updates ------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model, inputs):
+        return policy_loss(self, model, RolloutRecord.from_batch(inputs))
+
+    def _evaluate(self, *args, **kwargs):
+        metrics = super()._evaluate(*args, **kwargs)
+        self.observe_evaluation(metrics)
+        return metrics
+
+    def _get_train_sampler(self, dataset=None):
+        # A resume brings it to where it was
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
