@@ -1,18 +1,16 @@
 """The command line `papertrl` with its subcommands; the scripts of the same names run them as well."""
 
-import ast
 import os
 import signal
 import sys
 import traceback
 import warnings
 from importlib import import_module
-from importlib.util import find_spec
-from pathlib import Path
 
-from .core.catalogue import METHODS
-from .core.errors import JobError, UsageError, paragraph
-from .job.arguments import Choice, choose, listed_methods, make_parser, make_trainer_class, parse
+from .core.catalogue import BROKEN, DECLARATIONS, chapters
+from .core.declaration import Method
+from .core.errors import JobError, UsageError, paragraph, tell
+from .job.arguments import Choice, choose, make_parser, make_trainer_class, parse
 
 # Modules whose `main` runs a subcommand, loaded when it is called
 SUBCOMMANDS = {
@@ -35,8 +33,10 @@ usage: papertrl train [--method NAME | --methods A B ...] [--config FILE_OR_RECI
 Train a language model with one or several papers' methods. With no flag: a tiny model learns two-digit sums, in about
 two minutes on two CPU cores, without network.
 
-  --method NAME             one method; `papertrl methods` lists them. `sft`, `dpo` and `grpo` train without one
-  --methods A B ...         several methods of one family, combined
+  --method NAME             one method; `papertrl methods` lists them. `grpo`, `dpo`, `sft` and `reward` train without
+                            one
+  --methods A B ...         several, combined: objectives of one family, and components
+  --stage NAME=PATH ...     functions of yours in stages, such as `scale=my_module.my_scale`: docs/stages.md
   --config NAME             YAML file, or the recipe of a method, such as `lp_reg`; one with `stages`, such as
                             `two_stage_math`, runs several jobs, each on the model of the one before
   --model_name_or_path ID   Hub id or folder; `smollm2` for the packaged SmolLM2-135M-Instruct
@@ -79,20 +79,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    # One paragraph, not one per rank
-    if os.environ.get("RANK", "0") == "0":
-        print(f"papertrl: {message}", file=sys.stderr)
+    tell(message)
     return code
 
 
+def _show(text: str) -> int:
+    try:
+        print(text.rstrip(), flush=True)
+    except BrokenPipeError:  # as by `papertrl methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def _dispatch(argv: list[str]) -> int:
+    for sentence in BROKEN.values():
+        tell(sentence)
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command in ("--help", "-h"):
-        print(USAGE, end="")
-        return 0
+        return _show(USAGE)
     if command == "methods":
-        print(method_list())
-        return 0
+        return _show(method_list())
     if command in SUBCOMMANDS:
         return _subcommand(SUBCOMMANDS[command], rest)
     if command != "train":
@@ -100,12 +106,10 @@ def _dispatch(argv: list[str]) -> int:
         raise UsageError(f"Unknown command '{command}'. Commands are: {known}.")
     choice = choose(rest)
     if choice.list_methods:
-        print(method_list())
-        return 0
+        return _show(method_list())
     if choice.help:
         named = any(arg.split("=")[0] in ("--method", "--methods", "--config") for arg in rest)
-        print("\n\n".join(map(method_help, choice.stages or [choice])) if named else USAGE, end="")
-        return 0
+        return _show("\n\n".join(map(method_help, choice.stages or [choice])) if named else USAGE)
     return _train(choice, argv)
 
 
@@ -127,8 +131,8 @@ def _train(choice: Choice, argv: list[str]) -> int:
         warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
 
+    from .job.run import run
     from .job.staged import run_stages, table
-    from .job.training import run
 
     disable_progress_bar()
     if choice.stages:
@@ -148,9 +152,8 @@ def summary(finished) -> str:
     output = finished.output_dir
     lines = []
     if finished.before is not None:
-        count = len(finished.after.scores)
         lines.append(
-            f"Held-out {finished.measure} (greedy, {count} prompts): {finished.before.mean:.3f} before, "
+            f"Held-out {finished.measure.replace('_', ' ')} ({finished.after.how}): {finished.before.mean:.3f} before, "
             f"{finished.after.mean:.3f} after training"
         )
     weights = sorted(output.glob("*.safetensors"))
@@ -171,9 +174,8 @@ def method_help(choice: Choice) -> str:
 
     trainer_class = make_trainer_class(choice.methods)
     parts = []
-    for owner in [c for c in trainer_class.__mro__ if c.__dict__.get("method") is not None]:
-        paper = owner._paper
-        parts.append(f"{owner.method.name}: {owner.method.summary}\n  {paper['title']} (arXiv:{paper['id']})\n")
+    for owner in (*trainer_class.owners(), *trainer_class.components):
+        parts.append(f"{owner.method.name}: {owner.method.summary}\n" + _paper(owner.method, "  "))
         for f in own_fields(owner.config_class):
             valid = f.metadata.get("valid")
             limits = f" Valid: {valid}." if valid else ""
@@ -186,25 +188,18 @@ def method_help(choice: Choice) -> str:
 
 
 def method_list() -> str:
-    """The catalogue as text. Reads the trainers' sources instead of importing them, which would take seconds."""
-    width = max(map(len, METHODS))
-    lines = []
-    for name in listed_methods():
-        spec = find_spec("papertrl.trainers")
-        source = Path(spec.origin).parent / METHODS[name] / f"{name}.py"
-        summary, title, arxiv = _declaration(source)
-        lines.append(
-            f"{name:<{width}}  {METHODS[name]:<10}  {summary}\n{'':<{width}}  {'':<10}  {title}, arXiv:{arxiv}"
-        )
-    return "\n".join(lines)
+    """The catalogue as text, from the declarations: importing the methods would take seconds."""
+    width = max(map(len, DECLARATIONS)) + 2
+    parts = []
+    for heading, methods in chapters().items():
+        lines = [f"{m.name:<{width}}{m.summary}\n{_paper(m, ' ' * width)}".rstrip() for m in methods]
+        parts.append("\n".join([heading, *(f"  {line}".replace("\n", "\n  ") for line in lines)]))
+    return "\n\n".join(parts)
 
 
-def _declaration(source: Path) -> tuple[str, str, str]:
-    summary = title = arxiv = ""
-    for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Method":
-            summary = next(ast.literal_eval(k.value) for k in node.keywords if k.arg == "summary")
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "_paper":
-            entries = dict(zip([key.value for key in node.value.keys], node.value.values, strict=True))
-            title, arxiv = ast.literal_eval(entries["title"]), ast.literal_eval(entries["id"])
-    return summary, title, arxiv
+def _paper(method: Method, indent: str) -> str:
+    return f"{indent}{method.paper.title}, arXiv:{method.paper.id}\n" if method.paper else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -3,9 +3,9 @@
 import difflib
 import importlib
 import os
-import sys
 from collections.abc import Callable
 
+from ..core.parsing import find_modules_here
 from .length_shaping import boxed_format, cosine_length, relative_length
 from .matching import boxed_match, exact_match, last_number_match
 
@@ -87,8 +87,7 @@ def load_judge(name: str) -> Callable:
 
 def _import(path: str, flag: str = "--reward_funcs") -> Callable:
     module_name, function_name = path.rsplit(".", 1)
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+    find_modules_here()
     try:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:

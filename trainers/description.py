@@ -7,7 +7,8 @@ from typing import Any
 
 from trl.trainer.utils import get_config_model_id
 
-from ..core.configuration import field_default, own_fields
+from ..core.configuration import field_default, introduced
+from ..core.declaration import Method
 from ..hub.cards import model_card
 from ..hub.files import CARD_FILE, RUN_FILE
 from ..hub.runfile import NO_CONFIGURATION, hardware, is_repo_id, plain, read_json, versions, write_run
@@ -33,7 +34,9 @@ def create_card(trainer: Any, dataset_name: str | None, tags: str | list[str] | 
         run["dataset"] = {"id": dataset_name}
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_json(folder / RUN_FILE)
-    if earlier is not None and any(earlier.get(key) != scrub(run[key]) for key in ("methods", "config")):
+    # What an earlier version wrote says nothing of stages
+    told = {"stages": {}} | (earlier or {})
+    if earlier is not None and any(told.get(key) != scrub(run[key]) for key in ("methods", "stages", "config")):
         # Scores and examples of another run
         (folder / RUN_FILE).unlink()
     run = write_run(folder, run)
@@ -48,7 +51,6 @@ def describe(trainer: Any) -> dict[str, Any]:
         trainer ([`~papertrl.trainers.method.MethodTrainer`]):
             Trainer of one or several methods.
     """
-    owners = [cls for cls in type(trainer).__mro__ if cls.__dict__.get("method") is not None]
     model_id = get_config_model_id(trainer.model.config)
     on_hub = bool(model_id) and is_repo_id(model_id) and not os.path.isdir(model_id)
     runtimes = [line["train_runtime"] for line in trainer.state.log_history if "train_runtime" in line]
@@ -57,17 +59,11 @@ def describe(trainer: Any) -> dict[str, Any]:
         "format": 1,
         "trainer": trainer._name,
         "family": trainer.family.name,
-        "methods": [
-            {
-                "name": owner.method.name,
-                "title": owner._name,
-                "summary": owner.method.summary,
-                "signal": owner.method.signal,
-                "paper": {key: owner._paper[key].strip() for key in ("title", "id", "citation")},
-            }
-            for owner in owners
-        ],
-        "tags": [*trainer._tag_names, *(owner.method.name for owner in owners)],
+        "model_class": trainer.family.model_class,
+        "pipeline_tag": trainer.family.pipeline_tag,
+        "methods": [_told(method) for method in trainer.methods],
+        "stages": {stage: user.name for stage, user in trainer.user_stages.items()},
+        "tags": [*trainer._tag_names, *(method.name for method in trainer.methods)],
         "adapter": adapter,
         "config": scrub(configuration(trainer.args)),
         "seed": trainer.args.seed,
@@ -79,16 +75,25 @@ def describe(trainer: Any) -> dict[str, Any]:
     } | ({"base_model": model_id} if on_hub else {})
 
 
+def _told(method: Method) -> dict[str, Any]:
+    """What the card tells of a method."""
+    paper = method.paper
+    return {
+        "name": method.name,
+        "title": method.title,
+        "kind": method.kind,
+        "slot": method.slot,
+        "summary": method.summary,
+        "signal": method.signal,
+        "paper": paper and {"title": paper.title, "id": paper.id, "citation": paper.citation},
+    }
+
+
 def configuration(args: Any) -> dict[str, Any]:
     """Fields of a config that differ from the defaults of its TRL parent, and every field of the methods."""
     parent = next(cls for cls in type(args).__mro__ if cls.__module__.startswith("trl."))
     inherited = {f.name: f for f in dataclasses.fields(parent)}
-    own = [
-        f.name
-        for cls in reversed(type(args).__mro__)
-        if cls.__module__.startswith("papertrl") and dataclasses.is_dataclass(cls) and "__annotations__" in vars(cls)
-        for f in own_fields(cls)
-    ]
+    own = introduced(type(args))
     names = [*own, *(name for name in inherited if name not in own)]
     chosen = {}
     for name in names:

@@ -3,7 +3,9 @@
 import difflib
 import importlib
 import importlib.util
+from collections.abc import Iterable
 from functools import lru_cache
+from importlib.machinery import PathFinder
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -19,33 +21,54 @@ ENTRY_POINTS = "papertrl.methods"
 PLAIN: dict[str, Family] = {family.plain: family for family in FAMILIES.values()}
 
 
-def _read_catalogue() -> dict[str, Method]:
+def _read_catalogue() -> tuple[dict[str, Method], dict[str, str]]:
+    """All declarations, and what is wrong with those of other packages that are left out."""
     found = [declared(path.stem) for path in METHODS_FOLDER.glob("*.toml")]
     rooms = [*FAMILIES, *SLOTS, None]
     found.sort(key=lambda m: (rooms.index(m.family if m.kind == "objective" else m.slot), m.name))
     methods = {method.name: method for method in found}
+    broken = {}
     for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda point: point.name):
-        method = _read_entry_point(point)
-        if method.name in methods:
-            raise ValueError(
-                f"The package '{point.dist.name}' adds a method '{method.name}', but there is one of that name."
-            )
-        methods[method.name] = method
-    return methods
+        try:
+            if point.name in methods:
+                raise ValueError("there is a method of that name already")
+            methods[point.name] = _read_entry_point(point)
+        except ValueError as error:
+            broken[point.name] = f"Package '{point.dist.name}' adds the method '{point.name}' in vain: {error}."
+    return methods, broken
 
 
 def _read_entry_point(point: Any) -> Method:
     """Declaration of another package's method: a TOML file of its name beside the module of its class."""
-    try:
-        spec = importlib.util.find_spec(point.module)
-    except ModuleNotFoundError:
-        spec = None
-    if spec is None or spec.origin is None:
-        raise ValueError(f"The entry point '{point.name}' of '{ENTRY_POINTS}' names no module: '{point.value}'.")
-    return read_declaration(Path(spec.origin).parent / f"{point.name}.toml", entry=point.value)
+    file = _file_of(point.module)
+    if file is None:
+        raise ValueError(f"its entry point '{point.value}' names no module")
+    toml = file.parent / f"{point.name}.toml"
+    if not toml.is_file():
+        raise ValueError(f"there is no '{toml.name}' beside '{file}'")
+    method = read_declaration(toml, entry=point.value)
+    if method.family not in (*FAMILIES, None):
+        raise ValueError(f"`family` in '{toml}' must be one of {(*FAMILIES,)}, got {method.family!r}")
+    if method.slot not in (*SLOTS, None):
+        raise ValueError(f"`slot` in '{toml}' must be one of {(*SLOTS,)}, got {method.slot!r}")
+    return method
 
 
-DECLARATIONS: dict[str, Method] = _read_catalogue()
+def _file_of(module: str) -> Path | None:
+    """File of a module, found without importing the packages around it, which may import this one."""
+    parts = module.split(".")
+    spec = importlib.util.find_spec(parts[0])
+    for depth in range(2, len(parts) + 1):
+        if spec is None or spec.submodule_search_locations is None:
+            return None
+        spec = PathFinder.find_spec(".".join(parts[:depth]), spec.submodule_search_locations)
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+DECLARATIONS: dict[str, Method]
+# Sentences about entry points that add no method, by name
+BROKEN: dict[str, str]
+DECLARATIONS, BROKEN = _read_catalogue()
 # Short names with the family of an objective, or the slot of a component
 METHODS: dict[str, str] = {name: method.family or method.slot or method.kind for name, method in DECLARATIONS.items()}
 
@@ -80,15 +103,31 @@ def find(name: str) -> str:
     Check a method's short name, or that of a trainer without a method; hyphens and capitals do not matter.
 
     Raises:
-        `ValueError`: if there is no such method; the message suggests the nearest names.
+        `ValueError`: if there is no such method; the message suggests the nearest names, or says why the package that
+            should add it does not.
     """
     key = name.lower().replace("-", "_")
+    if key not in METHODS and key in BROKEN:
+        raise ValueError(BROKEN[key])
     if key not in METHODS and key not in PLAIN:
         near = difflib.get_close_matches(key, METHODS, n=3, cutoff=0.4)
         hint = f"Did you mean {' or '.join(repr(n) for n in near)}? " if near else ""
         raise ValueError(
             f"Unknown method '{name}'. {hint}Methods are: {', '.join(METHODS)}; without a method: {', '.join(PLAIN)}."
         )
+    return key
+
+
+def find_trained(name: str) -> str:
+    """
+    [`find`] a method that trains a language model.
+
+    Raises:
+        `ValueError`: if there is no such method, or it is a study.
+    """
+    key = find(name)
+    if key in DECLARATIONS and DECLARATIONS[key].kind == "study":
+        raise ValueError(f"'{key}' is a study, which trains no language model. `papertrl claims {key}` runs it.")
     return key
 
 
@@ -110,8 +149,14 @@ def load(name: str) -> type:
     if key in PLAIN:
         family = PLAIN[key]
         return getattr(importlib.import_module(family.module), family.base)
-    module, attribute = entry_of(DECLARATIONS[key])
-    return getattr(importlib.import_module(module), attribute)
+    method = DECLARATIONS[key]
+    module, attribute = entry_of(method)
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        if method.entry is None:
+            raise
+        raise ValueError(f"Method '{key}' cannot be loaded from its entry point '{method.entry}': {error}.") from error
 
 
 @lru_cache
@@ -124,12 +169,10 @@ def load_trainer(name: str) -> type:
     Raises:
         `ValueError`: if there is no such method, or it is a study, or a component without a family.
     """
-    key = find(name)
+    key = find_trained(name)
     method = DECLARATIONS.get(key)
     if method is None or method.kind == "objective":
         return load(key)
-    if method.kind == "study":
-        raise ValueError(f"'{key}' is a study, which trains no language model. `papertrl claims {key}` runs it.")
     if method.family is None:
         raise ValueError(
             f"'{key}' is a component, which any trainer carries: name one beside it, such as `--methods "
@@ -185,12 +228,22 @@ def resolve(name: str) -> Any:
     raise AttributeError(f"module 'papertrl' has no attribute '{name}'")
 
 
-def method_table() -> str:
-    """Markdown table of the catalogue, as the method index shows it."""
-    rows = ["| method | kind | what it does | paper |", "|---|---|---|---|"]
-    for name, method in DECLARATIONS.items():
-        kind = method.kind if method.kind == "study" else METHODS[name]
-        where = f"{method.kind}, {kind}" if method.kind != "study" else kind
+def chapters() -> dict[str, list[Method]]:
+    """The catalogue under headings: objectives by family, components by slot, studies."""
+    headings = {("objective", f.name): f"Objectives of the family {f.name} ({f.suffix})" for f in FAMILIES.values()}
+    headings |= {("component", s.name): f"Components of the slot {s.name}: {s.does}" for s in SLOTS.values()}
+    headings["study", None] = "Studies"
+    found: dict[str, list[Method]] = {heading: [] for heading in headings.values()}
+    for method in DECLARATIONS.values():
+        where = {"objective": method.family, "component": method.slot, "study": None}[method.kind]
+        found[headings[method.kind, where]].append(method)
+    return {heading: methods for heading, methods in found.items() if methods}
+
+
+def method_table(methods: Iterable[Method] | None = None) -> str:
+    """Markdown table of `methods`, by default of the whole catalogue, as the method index shows it."""
+    rows = ["| method | class | what it does | paper |", "|---|---|---|---|"]
+    for method in DECLARATIONS.values() if methods is None else methods:
         paper = f"[{method.paper.title}]({method.paper.url})" if method.paper else ""
-        rows.append(f"| `{name}` | {where} | {method.summary} | {paper} |")
+        rows.append(f"| `{method.name}` | `{entry_of(method)[1]}` | {method.summary} | {paper} |")
     return "\n".join(rows)

@@ -1,6 +1,6 @@
 """Trainers made of several methods: objectives by inheritance, components in their slots."""
 
-from .catalogue import PLAIN, find, load
+from .catalogue import PLAIN, find_trained, load
 from .family import FAMILIES
 from .slots import Component
 
@@ -22,7 +22,7 @@ def compose(*parts: type | str, name: str | None = None) -> type:
     Raises:
         `TypeError`: if there is no trainer among them, they are of different families, one is listed twice, or a
             trainer without a method stands beside one with a method.
-        `ValueError`: if there is no method of a name.
+        `ValueError`: if there is no method of a name, or it is a study.
 
     Example:
 
@@ -34,7 +34,7 @@ def compose(*parts: type | str, name: str | None = None) -> type:
     'LpRegGainRlGRPOTrainer'
     ```
     """
-    loaded = [load(find(part)) if isinstance(part, str) else part for part in parts]
+    loaded = [load(find_trained(part)) if isinstance(part, str) else part for part in parts]
     components = [part for part in loaded if isinstance(part, type) and issubclass(part, Component)]
     trainers = [part for part in loaded if part not in components]
     odd = [part for part in trainers if not hasattr(part, "family")]

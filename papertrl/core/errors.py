@@ -1,5 +1,8 @@
 """Errors for the person at the command line: what is wrong and what to do, in one paragraph."""
 
+import os
+import sys
+
 
 class JobError(Exception):
     """Something about the input, the machine or the run that its user can put right."""
@@ -32,3 +35,9 @@ def paragraph(error: BaseException) -> str:
     if isinstance(error, (JobError, ValueError, TypeError)) and text:
         return text
     return f"{type(error).__name__}: {text or 'no message'} (run again with `--debug` for the traceback)"
+
+
+def tell(message: str) -> None:
+    """Print one line or paragraph for the person at the command line, from one process of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"papertrl: {message}", file=sys.stderr)

@@ -31,7 +31,14 @@ class Family:
         length_field (`str`, *optional*):
             Config field of the longest completion that is sampled in training.
         generates (`bool`):
-            Whether the model answers prompts, so that held-out ones can be measured.
+            Whether the model answers prompts, so that held-out ones can be measured. One that scores answers ranks
+            held-out pairs instead.
+        model_class (`str`):
+            Class of `transformers` that loads the trained model.
+        pipeline_tag (`str`):
+            What the Hub files the trained model under.
+        lora_task_type (`str`):
+            PEFT's name for the kind of model.
         embedded (`dict[str, Any]`):
             Settings of the embedded task and tiny model, under which methods learn in a minute or two.
         exact (`dict[str, Any]`):
@@ -48,6 +55,9 @@ class Family:
     judged: bool | str = False
     length_field: str | None = None
     generates: bool = True
+    model_class: str = "AutoModelForCausalLM"
+    pipeline_tag: str = "text-generation"
+    lora_task_type: str = "CAUSAL_LM"
     embedded: Mapping[str, Any] = field(default_factory=dict)
     exact: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,6 +141,9 @@ REWARD = Family(
     parent="RewardTrainer",
     view="preference",
     generates=False,
+    model_class="AutoModelForSequenceClassification",
+    pipeline_tag="text-classification",
+    lora_task_type="SEQ_CLS",
     embedded={"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 200},
 )
 FAMILIES = {family.name: family for family in (POLICY, PREFERENCE, SUPERVISED, REWARD)}

@@ -1,6 +1,8 @@
-"""Parser of the subcommands: errors in one sentence, no abbreviated flags."""
+"""Parser of the subcommands: errors in one sentence, no abbreviated flags; dotted paths among the values."""
 
 import argparse
+import os
+import sys
 
 from .errors import UsageError
 
@@ -19,3 +21,9 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         raise UsageError(f"{message[0].upper()}{message[1:]}. `{self.prog} --help` shows the usage.")
+
+
+def find_modules_here() -> None:
+    """Let dotted paths name modules of the working directory."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())

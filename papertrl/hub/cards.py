@@ -61,7 +61,7 @@ def model_card(
         base_model=run.get("base_model"),
         datasets=[run["dataset"]["id"]] if link else None,
         library_name="peft" if run["adapter"] else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=pipeline_of(run),
         model_name=title,
         tags=list(dict.fromkeys(tags_of(run))),
         eval_results=eval_results(run, evaluation),
@@ -78,6 +78,9 @@ def model_card(
         dataset=dataset,
         dataset_link=link,
         methods=run["methods"],
+        stages=run.get("stages", {}),
+        model_class=run.get("model_class", "AutoModelForCausalLM"),
+        pipeline_tag=pipeline_of(run),
         trainer=run["trainer"],
         example_prompt=json.dumps(examples[0]["prompt"] if examples else "Hello", ensure_ascii=False),
         space_id=space_id,
@@ -103,7 +106,12 @@ def model_card(
 
 def tags_of(run: dict[str, Any]) -> list[str]:
     """Tags of a card: those of the run, and the papers'."""
-    return ["trl", "papertrl", *run["tags"], *(f"arxiv:{method['paper']['id']}" for method in run["methods"])]
+    return ["trl", "papertrl", *run["tags"], *(f"arxiv:{m['paper']['id']}" for m in run["methods"] if m["paper"])]
+
+
+def pipeline_of(run: dict[str, Any]) -> str:
+    """What the Hub files the model of a run under."""
+    return run.get("pipeline_tag", "text-generation")
 
 
 def dataset_of(run: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -155,16 +163,17 @@ def _measured(values: dict[str, float] | None) -> str:
 def eval_results(run: dict[str, Any], evaluation: dict[str, Any] | None) -> list[EvalResult] | None:
     """Results for the metadata block, which the Hub shows beside the card."""
     dataset, link = dataset_of(run)
-    scores = run.get("scores")
+    scores, task = run.get("scores"), pipeline_of(run)
     results = []
     if scores:
-        results.append((dataset or "held-out prompts", scores["measure"], scores["after"], "greedy, held-out"))
+        how = "greedy, held-out" if "prompts" in scores else "held-out"
+        results.append((dataset or "held-out prompts", scores["measure"], scores["after"], how))
     if evaluation:
         results += [(evaluation["source"], m, value, "papertrl evaluate") for m, value in evaluation["this"].items()]
     return [
         EvalResult(
-            task_type="text-generation",
-            task_name="Text generation",
+            task_type=task,
+            task_name=task.replace("-", " ").capitalize(),
             dataset_type=run["dataset"]["id"] if link else "papertrl",
             dataset_name=source.replace("`", ""),
             metric_type=metric,

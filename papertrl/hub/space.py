@@ -14,6 +14,7 @@ from huggingface_hub import SpaceCardData
 
 from ..core.errors import JobError
 from ..core.parsing import CommandParser
+from .cards import pipeline_of
 from .client import Item
 from .files import START_MODEL
 from .publication import MODEL, REPORTS, publishable
@@ -55,8 +56,11 @@ def render_space(model: str, output_dir: Path, run: dict[str, Any] | None, bundl
         `Path`: the folder.
 
     Raises:
-        [`~papertrl.core.errors.JobError`]: if the folder cannot be written, or `bundle` holds no model.
+        [`~papertrl.core.errors.JobError`]: if the folder cannot be written, `bundle` holds no model, or the model
+            answers no prompts.
     """
+    if run and pipeline_of(run) != "text-generation":
+        raise JobError(f"'{model}' scores answers and writes none: there is no Space in which to try such a model.")
     source = Path(importlib.util.find_spec("papertrl.spaces").origin).parent / "demo"
     guidance = importlib.util.find_spec("papertrl.samplers.decoding.guidance").origin
     settings = {"model": BUNDLED if bundle else model} | ({"run": scrub(run)} if run else {})

@@ -4,15 +4,18 @@ import difflib
 import importlib.util
 import json
 import os
-from dataclasses import dataclass, field
+import warnings
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..core.catalogue import find
-from ..core.errors import UsageError
-from ..core.parsing import CommandParser
+from ..core.catalogue import PLAIN, find_trained
+from ..core.configuration import earlier_names, renamed
+from ..core.errors import UsageError, tell
+from ..core.parsing import CommandParser, find_modules_here
+from ..core.slots import refuse_shared_slots
 
 DEFAULT_METHOD = "lp_reg"
 
@@ -72,6 +75,13 @@ class JobArguments:
         "Pairwise judge of the online loop of preference methods, instead of rewards: id or folder of a language "
         "model as `papertrl.rewards.pairwise` trains it, or the dotted path of a function.",
     )
+    stage: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Functions of yours that act in stages of the trainer, as `NAME=module.function`, such as "
+            "`scale=my_module.my_scale`; docs/stages.md lists the stages. A config file has a mapping."
+        },
+    )
     gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
     start_model_steps: int = _flag(
         1600, "Supervised warm-up steps of the embedded tiny model, on the task's demonstrations."
@@ -84,6 +94,23 @@ class JobArguments:
         0, "How often, evenly spread, held-out prompts are also answered during training."
     )
     overwrite_output_dir: bool = _flag(False, "Whether to replace the run that `output_dir` holds.")
+
+    def __post_init__(self):
+        if self.stage is not None:
+            self.stage = _functions_by_stage(self.stage)
+
+
+def _functions_by_stage(given: Any) -> dict[str, str]:
+    """Dotted paths of functions by stage, of `NAME=PATH` texts or of a config file's mapping."""
+    pairs = list(given.items()) if isinstance(given, dict) else [str(text).split("=", 1) for text in given]
+    for pair in pairs:
+        if len(pair) < 2 or not all(isinstance(part, str) and part for part in pair):
+            raise ValueError(
+                f"`stage` must be of the form NAME=module.function, such as `scale=my_module.my_scale`, got {pair}."
+            )
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError(f"`stage` names a stage twice, in {given}: one function acts in each.")
+    return dict(pairs)
 
 
 @dataclass
@@ -139,7 +166,7 @@ def choose(argv: list[str]) -> Choice:
 
     def chosen(names: list[str], settings: dict[str, Any]) -> Choice:
         try:
-            methods = [find(name) for name in names or [DEFAULT_METHOD]]
+            methods = [find_trained(name) for name in names or [DEFAULT_METHOD]]
         except ValueError as error:
             raise UsageError(str(error)) from error
         return Choice(methods, settings, rest, known.list_methods, known.help, known.debug)
@@ -150,7 +177,7 @@ def choose(argv: list[str]) -> Choice:
         names = _named_methods(settings)
         if not names:
             raise UsageError(
-                f"Stage {number} of the config file names no `method`; plain ones are `sft`, `grpo`, `dpo`."
+                f"Stage {number} of the config file names no `method`; without one, {', '.join(PLAIN)} train as TRL."
             )
         choice.stages.append(chosen(names, settings))
     return choice
@@ -245,18 +272,22 @@ def parse(choice: Choice) -> Job:
     Build the job that the command line describes.
 
     A value is taken from the first of: command line, config file, settings of the embedded task (if no model is
-    given), the method's defaults.
+    given), the method's defaults. Fields may have their earlier names, with a line on stderr.
 
     Raises:
         [`UsageError`]: if a flag does not exist, or a value is not accepted.
     """
     import torch
 
+    from ..trainers.user_stages import check_user_stages
+
     trainer_class = make_trainer_class(choice.methods)
+    choice = _under_present_names(choice, trainer_class.config_class)
     parser = make_parser(trainer_class)
     flags = list(parser._actions)
     if not torch.accelerator.is_available():
         parser.set_defaults_with_config(bf16=False)
+    parser.set_defaults_with_config(lora_task_type=trainer_class.family.lora_task_type)
     embedded = not (choice.config.get("model_name_or_path") or _has_flag(choice.rest, "model_name_or_path"))
     if embedded:
         parser.set_defaults_with_config(**EMBEDDED_RUN, **trainer_class.family.embedded)
@@ -269,6 +300,9 @@ def parse(choice: Choice) -> Job:
             choice.rest, return_remaining_strings=True, look_for_args_file=False
         )
         trainer_class.refuse_clashes(training)
+        refuse_shared_slots(trainer_class.components, training)
+        find_modules_here()
+        check_user_stages(trainer_class, job.stage)
     except (ValueError, TypeError) as error:
         raise UsageError(_with_remedy(str(error))) from error
     if rest:
@@ -278,9 +312,38 @@ def parse(choice: Choice) -> Job:
     return Job(trainer_class, training, model, job, choice.methods, given, embedded)
 
 
+def _under_present_names(choice: Choice, config_class: type) -> Choice:
+    """
+    The choice with fields under their present names.
+
+    Raises:
+        [`UsageError`]: if a field is given under both of its names.
+    """
+    names = earlier_names(config_class)
+    flags = names | {f"no_{old}": f"no_{present}" for old, present in names.items()}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            config = renamed(choice.config, names)
+            renamed({_flag_of(arg): arg for arg in choice.rest if arg.startswith("--")}, flags)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+    for warning in told:
+        tell(str(warning.message))
+    argv = []
+    for arg in choice.rest:
+        present = flags.get(_flag_of(arg)) if arg.startswith("--") else None
+        argv.append(arg if present is None else f"--{present}{''.join(arg.partition('=')[1:])}")
+    return replace(choice, config=config, rest=argv)
+
+
+def _flag_of(arg: str) -> str:
+    """Name of a flag as the config's field has it."""
+    return arg.partition("=")[0].removeprefix("--").replace("-", "_")
+
+
 def _has_flag(argv: list[str], name: str) -> bool:
-    options = (f"--{name}", f"--{name.replace('_', '-')}")
-    return any(arg.split("=")[0] in options for arg in argv)
+    return any(arg.startswith("--") and _flag_of(arg) == name for arg in argv)
 
 
 def _unknown_flags(unknown: list[str], known: list[str], where: str) -> str:

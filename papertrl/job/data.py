@@ -12,6 +12,7 @@ from ..core.family import Family
 from ..data.converters import as_messages, to_format
 from ..tasks import Task, load_task
 from .arguments import JobArguments
+from .heldout import PAIRS_MEASURE
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
@@ -32,7 +33,7 @@ class JobData:
         judges (`list` of `Callable`):
             Reward functions that judge completions of `problems`.
         measure (`str`):
-            What the judges' mean is called.
+            What the judges' mean, or what else is measured of held-out rows, is called.
     """
 
     train: Dataset | IterableDataset
@@ -69,13 +70,12 @@ def task_data(
     if arguments.task_size < 1:
         raise JobError(f"`task_size` must be at least 1, got {arguments.task_size}: the training set would be empty.")
     train, test = task.splits(arguments.task_size, arguments.held_out_prompts, seed)
-    problems = test if len(test) else None
     data = JobData(
         family.rows(task, train, online),
-        family.rows(task, test) if problems else None,
-        problems,
+        family.rows(task, test) if len(test) else None,
+        test if len(test) and family.generates else None,
         [task.reward],
-        task.measure,
+        task.measure if family.generates else PAIRS_MEASURE,
         task.max_new_tokens,
     )
     if chat:
@@ -124,7 +124,7 @@ def dataset_data(
         evaluated = test is not None and eval_formats
         test = preference_rows(name, arguments.dataset_test_split, test, eval_formats) if evaluated else None
         problems = problems and preference_rows(name, arguments.dataset_test_split, problems, ("prompts",))
-    return JobData(train, test, problems, judges, "reward")
+    return JobData(train, test, problems, judges, "reward" if family.generates else PAIRS_MEASURE)
 
 
 def preference_rows(

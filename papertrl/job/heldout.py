@@ -1,8 +1,8 @@
-"""Held-out prompts, answered greedily and judged."""
+"""What is measured of a model on held-out data: prompts that it answers, or pairs that it ranks."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -12,6 +12,7 @@ from trl import apply_chat_template
 from trl.models import unwrap_model_for_generation
 
 BATCH_SIZE = 64
+PAIRS_MEASURE = "pair_accuracy"
 
 
 @dataclass
@@ -38,9 +39,51 @@ class Answers:
         return sum(self.scores) / len(self.scores)
 
     @property
+    def how(self) -> str:
+        """How it was measured, and on how much."""
+        return f"greedy, {len(self.scores)} prompts"
+
+    @property
     def mean_length(self) -> float:
         """Mean number of tokens."""
         return sum(self.lengths) / len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """
+    How a model that scores ranks the held-out pairs, the same on every rank.
+
+    Args:
+        mean (`float`):
+            Share of pairs whose chosen completion scores higher, by TRL's evaluation.
+        pairs (`int`):
+            How many there are.
+    """
+
+    mean: float
+    pairs: int
+    # It writes nothing
+    mean_length: ClassVar[None] = None
+
+    @property
+    def how(self) -> str:
+        """How it was measured, and on how much."""
+        return f"{self.pairs} pairs"
+
+
+class HeldOutPairs:
+    """Ranks the evaluation pairs by the scores of a trainer's model; in training, TRL's `eval_strategy` does."""
+
+    def __init__(self):
+        self.trainer = None
+
+    def look(self) -> Ranking:
+        """Let the trainer's current model score the pairs."""
+        # A loader draws a random number; looking must not change the run
+        with torch.random.fork_rng(devices=[]):
+            accuracy = self.trainer.evaluate()["eval_accuracy"]
+        return Ranking(accuracy, len(self.trainer.eval_dataset))
 
 
 class HeldOut(TrainerCallback):
@@ -75,10 +118,10 @@ class HeldOut(TrainerCallback):
             return
         every = max(1, state.max_steps // self.evaluations)
         if state.global_step % every == 0 or state.global_step == state.max_steps:
-            self.trainer.log_metric(f"held_out/{self.measure}", self.answer().mean)
+            self.trainer.log_metric(f"held_out/{self.measure}", self.look().mean)
             control.should_log = True
 
-    def answer(self) -> Answers:
+    def look(self) -> Answers:
         """Let the trainer's current model answer; every rank takes an equal share of the prompts."""
         accelerator = self.trainer.accelerator
         rank, ranks = accelerator.process_index, accelerator.num_processes

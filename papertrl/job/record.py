@@ -13,7 +13,7 @@ from ..hub.files import COMPLETIONS_FILE, RECIPE_FILE
 from ..hub.runfile import NO_CONFIGURATION, plain, write_run
 from ..hub.scrubbing import scrub, scrub_command
 from .arguments import EMBEDDED_RUN
-from .heldout import Answers
+from .heldout import Answers, Ranking
 
 KEPT_EXAMPLES = 8
 PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -37,7 +37,7 @@ def describe_job(job: Any, command: list[str], measure: str) -> dict[str, Any]:
         command (`list[str]`):
             Arguments of the command line.
         measure (`str`):
-            What was measured on held-out prompts.
+            What was measured on held-out data.
     """
     arguments, name = job.arguments, job.model.model_name_or_path
     described = {
@@ -92,18 +92,20 @@ def completions(problems: Any, before: Answers, after: Answers) -> list[dict[str
 
 
 def write_job_files(
-    folder: Path, job: Any, run: dict[str, Any], problems: Any, before: Answers | None, after: Answers | None
+    folder: Path,
+    job: Any,
+    run: dict[str, Any],
+    problems: Any,
+    before: Answers | Ranking | None,
+    after: Answers | Ranking | None,
 ) -> None:
     """Write `run.json`, `recipe.yaml` and, with held-out answers, `completions.jsonl`."""
-    if before is not None and after is not None:
+    if before is not None:
+        run["scores"] = {"measure": run["measure"], "how": after.how, "before": before.mean, "after": after.mean}
+    if isinstance(before, Answers):
         rows = scrub(completions(problems, before, after))
         (folder / COMPLETIONS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        run["scores"] = {
-            "measure": run["measure"],
-            "prompts": len(after.scores),
-            "before": before.mean,
-            "after": after.mean,
-        }
+        run["scores"]["prompts"] = len(after.scores)
         run["examples"] = rows[:KEPT_EXAMPLES]
     run = write_run(folder, run)
     (folder / RECIPE_FILE).write_text(recipe(job, run))

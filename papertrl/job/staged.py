@@ -14,8 +14,9 @@ from ..core.errors import Interrupted, JobError, UsageError
 from ..hub.runfile import read_json
 from ..trainers.checkpoints import last_complete_checkpoint
 from .arguments import Choice, Job, parse
-from .heldout import Answers
-from .training import decided_by_main, free_folder, resumed_from, run
+from .claim import decided_by_main, free_folder, resumed_from
+from .heldout import Answers, Ranking
+from .run import run
 
 STAGES_FILE = "stages.json"
 TABLE_FILE = "stages.md"
@@ -33,8 +34,8 @@ class FinishedStages:
         output_dir (`Path`):
             Where the folders of all stages are.
         rows (`list[dict]`):
-            For the start model and after each stage: `stage`, `methods`, and on held-out prompts `measure`, `score`
-            and `length` (mean tokens), `None` where nothing was measured.
+            For the start model and after each stage: `stage`, `methods`, and on held-out data `measure`, `score` and
+            `length` (mean tokens), `None` where nothing was measured.
     """
 
     output_dir: Path
@@ -101,6 +102,11 @@ def check(jobs: list[Job]) -> None:
                 f"`use_peft` in stage {number}: the next stage starts from whole weights, but this one would leave an "
                 "adapter. Set it in the last stage only."
             )
+        if not job.trainer_class.family.generates and number < len(jobs):
+            raise UsageError(
+                f"Stage {number} ({job.methods[0]}) trains a model that scores answers, from which no next stage can "
+                "start. Put it last."
+            )
         if job.model.model_name_or_path != jobs[0].model.model_name_or_path:
             raise UsageError(
                 f"`model_name_or_path` in stage {number}: a stage starts from the model of the one before. Set it for "
@@ -166,7 +172,7 @@ def how_to_resume(stage: int, stages: int, root: Path, command: list[str]) -> st
 # --- The table ------------------------------------------------------------------------------------------------------
 
 
-def row(stage: str, methods: list[str], measure: str, answers: Answers | None) -> Row:
+def row(stage: str, methods: list[str], measure: str, answers: Answers | Ranking | None) -> Row:
     """Line of the table for a model and its held-out answers."""
     return {
         "stage": stage,
@@ -183,6 +189,8 @@ def table(rows: list[Row]) -> str:
     lines = [f"| after | methods | held-out {measure} | mean tokens |", "|---|---|---|---|"]
     for r in rows:
         score, length = ("-" if r[key] is None else format(r[key], digits) for key, digits in SHOWN.items())
+        if r["measure"] != measure and r["score"] is not None:
+            score += f" ({r['measure'].replace('_', ' ')})"
         lines.append(f"| {r['stage']} | {' + '.join(r['methods']) or '-'} | {score} | {length} |")
     return "\n".join(lines)
 

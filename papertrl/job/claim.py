@@ -1,0 +1,119 @@
+"""Claiming and settling the output directory of a job."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from ..core.errors import JobError
+from ..hub.files import (
+    COMPLETIONS_FILE,
+    CURVES_FILE,
+    EVALUATION_COMPLETIONS,
+    EVALUATION_FILE,
+    EVALUATION_PLOT,
+    EVALUATION_REPORT,
+    METRICS_FILE,
+    RECIPE_FILE,
+    ROUNDS,
+    RUN_FILE,
+    SAMPLES_FILE,
+    START_MODEL,
+)
+from .arguments import Job
+
+# What tells that a folder holds a run, and goes where it is replaced
+RUN_FILES = (
+    METRICS_FILE,
+    CURVES_FILE,
+    SAMPLES_FILE,
+    START_MODEL,
+    RUN_FILE,
+    RECIPE_FILE,
+    COMPLETIONS_FILE,
+    EVALUATION_FILE,
+    EVALUATION_REPORT,
+    EVALUATION_PLOT,
+    EVALUATION_COMPLETIONS,
+    ROUNDS,
+    "model.safetensors",
+    "adapter_model.safetensors",
+)
+
+
+def claim_output_dir(job: Job, state: PartialState) -> Path:
+    """
+    Settle and create the output directory; on the main process, for all.
+
+    Without `output_dir`, a new folder `runs/<methods>-<data>-<number>` is taken.
+
+    Raises:
+        [`JobError`]: if it is a file, cannot be written, or holds another run.
+    """
+    job.training.output_dir = decided_by_main(state, lambda: _claim(job))
+    return Path(job.training.output_dir)
+
+
+def decided_by_main(state: PartialState, decide: Callable[[], Any]) -> Any:
+    """
+    What `decide` returns on the main process, on all of them.
+
+    Raises:
+        [`JobError`]: on all of them, if it does there.
+    """
+    outcome: list[Any] = [None]
+    if state.is_main_process:
+        try:
+            outcome[0] = decide()
+        except JobError as error:
+            outcome[0] = error
+    if state.num_processes > 1:
+        broadcast_object_list(outcome)
+    if isinstance(outcome[0], JobError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def free_folder(job: Job, methods: list[str]) -> Path:
+    """The first of `runs/<methods>-<data>-<number>` that does not exist."""
+    subject = job.arguments.dataset_name or job.arguments.task or "addition"
+    stem = "_".join(methods) + "-" + Path(subject).stem.replace(":", "-")
+    number = 1
+    while Path("runs", f"{stem}-{number}").exists():
+        number += 1
+    return Path("runs", f"{stem}-{number}")
+
+
+def _claim(job: Job) -> str:
+    path = Path(job.training.output_dir) if job.output_dir_given else free_folder(job, job.methods)
+    if path.exists() and not path.is_dir():
+        raise JobError(f"`output_dir`: '{path}' is a file. Choose a folder.")
+    held = [name for name in RUN_FILES if (path / name).exists()] + [p.name for p in path.glob("checkpoint-*")]
+    if held and not job.training.resume_from_checkpoint:
+        if not job.arguments.overwrite_output_dir:
+            raise JobError(
+                f"`output_dir`: '{path}' already holds a run ({', '.join(sorted(held)[:3])}, ...). Go on with it by "
+                "`--resume_from_checkpoint True`, replace it by `--overwrite_output_dir`, or choose another folder."
+            )
+        for name in held:
+            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".papertrl_probe"
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise JobError(
+            f"`output_dir`: '{path}' cannot be written ({error.strerror}). Choose a folder that you may write to, on "
+            "a disk with free space."
+        ) from error
+    return str(path)
+
+
+def resumed_from(job: Job) -> str | bool | None:
+    """Checkpoint to go on from: a folder, `True` for the newest one, or `None`."""
+    value = job.training.resume_from_checkpoint
+    return {"true": True, "false": None}.get(str(value).lower(), value)
