@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from papertrl.trainers.policy import base as policy
-from papertrl.trainers.preference import base as preference
+from papertrl.trainers.preference import trl as preference
 from papertrl.trainers.supervised import base as supervised
 
 BASES = {"policy": policy, "preference": preference, "supervised": supervised}
@@ -38,5 +38,5 @@ def test_trl_is_what_the_bases_were_written_for(family, name):
     assert digest(name) == BASES[family].PINNED[name], (
         f"TRL changed `{name}`. Read its new source, carry what matters over to trainers/{family} (the equality tests "
         f"in tests/{family}/test_base.py tell whether it does), then set its entry in "
-        f"`papertrl.trainers.{family}.base.PINNED` to '{digest(name)}'."
+        f"`{BASES[family].__name__}.PINNED` to '{digest(name)}'."
     )

@@ -138,6 +138,10 @@ class MethodTrainer:
                             f"stage '{stage}'. Leave one of them out{f', or set {ways}' if ways else ''}."
                         )
 
+    def replaced_by(self, stage: str) -> str | None:
+        """Name of the method that, under the trainer's config, decides `stage` alone; `None` if there is none."""
+        return next((m.name for m in self.methods if m.decides(stage, self.args)), None)
+
     @classmethod
     def needed_columns(cls, args: Any) -> list[str]:
         """

@@ -19,8 +19,9 @@ from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrai
 from papertrl.models.tiny import tiny_tokenizer
 from papertrl.trainers.method import Method
 from papertrl.trainers.preference.base import PreferenceConfig
-from papertrl.trainers.preference.candidates import Candidate, Group, Pair, best_against_worst, pairs_dataset
-from papertrl.trainers.preference.judging import compare
+from papertrl.trainers.preference.online.candidates import Candidate, Group, Pair, best_against_worst, pairs_dataset
+from papertrl.trainers.preference.online.judging import compare
+from papertrl.trainers.preference.online.loop import cycled
 
 from .common import assert_same_tensors, history, make_trainer, perturbed, weights
 
@@ -96,7 +97,7 @@ def test_training_is_dpo_on_the_rounds_pairs(tiny_path, tokenizer, tmp_path):
     start = {k: v.clone() for k, v in weights(trainer).items()}
     trainer.train()
     (pairs,) = rounds(tmp_path)
-    order = trainer._cycled(len(pairs), 0, 2 * 2 * 6, "pairs", 0)
+    order = cycled(trainer.args.seed, len(pairs), 0, 2 * 2 * 6, "pairs", 0)
     assert sorted(order[: len(pairs)]) == list(range(len(pairs)))
     rows = Dataset.from_list([pairs[i] for i in order]).select_columns(["prompt", "chosen", "rejected"])
     offline = make_trainer(
@@ -212,13 +213,13 @@ def test_where_the_reference_stands(kind, peft, tiny_path, tokenizer, tmp_path):
     class Watched(PreferenceTrainer):
         config_class = PreferenceConfig
 
-        def choose_prompts(self, iteration):
+        def choose_prompts(self, count, round):
             # A fixed sequence tells models apart
             ids = torch.tensor([[5, 6, 7, 8]])
             mask = torch.ones_like(ids)
             policies.append(self.score_sequences(self.model, ids, mask, mask).sum().item())
             references.append(self.score_sequences(self.model, ids, mask, mask, role="reference").sum().item())
-            return super().choose_prompts(iteration)
+            return super().choose_prompts(count, round)
 
     options = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if peft else {}
     trainer = online(
@@ -237,10 +238,10 @@ def test_where_the_reference_stands(kind, peft, tiny_path, tokenizer, tmp_path):
 
 def test_ema_averages_weights(tiny_path, tokenizer, tmp_path):
     trainer = online(tiny_path, tokenizer, tmp_path, online_reference="ema", online_reference_decay=0.75)
-    before = {k: v.clone() for k, v in trainer._reference_weights().items()}
-    trainer._move_reference()
+    before = {k: v.clone() for k, v in trainer.online.reference.weights().items()}
+    trainer.online.reference.move()
     for name, value in weights(trainer).items():
-        torch.testing.assert_close(trainer._reference_weights()[name], 0.75 * before[name] + 0.25 * value)
+        torch.testing.assert_close(trainer.online.reference.weights()[name], 0.75 * before[name] + 0.25 * value)
 
 
 class Killed(Exception):
@@ -323,7 +324,7 @@ def test_pairs_of_all_iterations_or_of_the_last(tiny_path, tokenizer, tmp_path):
     for accumulate in (False, True):
         trainer = online(tiny_path, tokenizer, tmp_path / str(accumulate), online_accumulate=accumulate)
         trainer.train()
-        sizes[accumulate] = len(trainer._training_pairs)
+        sizes[accumulate] = len(trainer.online.pairs)
         made = [len(r) for r in rounds(tmp_path / str(accumulate))]
         assert sizes[accumulate] == (sum(made) if accumulate else made[-1])
 
@@ -334,7 +335,7 @@ def test_an_iteration_without_pairs_keeps_those_before(tiny_path, tokenizer, tmp
 
     trainer = online(tiny_path, tokenizer, tmp_path, reward_funcs=only_first)
     trainer.train()
-    assert len(trainer._training_pairs) == pq.read_table(tmp_path / "rounds" / "round_0" / "pairs.parquet").num_rows
+    assert len(trainer.online.pairs) == pq.read_table(tmp_path / "rounds" / "round_0" / "pairs.parquet").num_rows
     assert not (tmp_path / "rounds" / "round_1" / "pairs.parquet").exists()
     with pytest.raises(ValueError, match="iteration 0 made no pair to train on"):
         online(tiny_path, tokenizer, tmp_path / "x", reward_funcs=lambda prompts, **_: [0] * len(prompts)).train()

@@ -10,7 +10,7 @@ from ...losses.preference.rlhf_workflow import CHOOSE_TYPES, choose_pair
 from ...losses.preference.scores import either_wrong
 from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Group, Pair
+from .online.candidates import Group, Pair
 from .record import PreferenceRecord
 
 

@@ -12,7 +12,7 @@ from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
 from ...losses.preference.rso import Accepted, collapse_equal, point_reward, rejection_sample
 from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Candidate, Group, Pair
+from .online.candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
 
 # Losses of scores and margins alone; 'sft' compares nothing and may stand beside them

@@ -8,7 +8,6 @@ import torch
 from accelerate.utils import broadcast_object_list, is_peft_model
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel
-from trl import DPOTrainer
 
 from ...core.configuration import method_config, method_field
 from ...losses.preference.rpo import sequence_nll
@@ -25,7 +24,7 @@ from ...losses.terms import LossTerm
 from ...models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
 from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Candidate, Group, Pair
+from .online.candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
 
 
@@ -284,10 +283,7 @@ class UpoDPOTrainer(PreferenceTrainer):
         """The dataset's own pairs, by row; none if it holds prompts only."""
         if not {"chosen", "rejected"} <= set(self.train_dataset.column_names):
             return {}
-        prepared = DPOTrainer._prepare_dataset(
-            self, self.train_dataset, self.processing_class, self.args, "labeled pairs"
-        )
-        return dict(enumerate(tokenized(prepared)))
+        return dict(enumerate(tokenized(self.tokenize_pairs(self.train_dataset, "labeled pairs"))))
 
     def _upo_originals(self, pairs: list[Pair], labeled: dict[int, TokenizedPair]) -> list[Pair]:
         """Labeled pairs of some of the prompts that have sampled ones."""
@@ -375,7 +371,7 @@ class UpoDPOTrainer(PreferenceTrainer):
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
 
         def read(pair: TokenizedPair) -> TokenizedPair:
-            texts = self._tokenizer.batch_decode(list(pair), skip_special_tokens=True)
+            texts = self.tokenizer.batch_decode(list(pair), skip_special_tokens=True)
             prompt, chosen, rejected = tokenizer(texts, add_special_tokens=False)["input_ids"]
             return TokenizedPair(prompt, [*chosen, end], [*rejected, end])
 

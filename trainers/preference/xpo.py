@@ -12,7 +12,7 @@ from ...losses.terms import LossTerm
 from ...models.tokenization import stack_sequences
 from ..method import Method
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Candidate, Group, Pair
+from .online.candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
 
 
@@ -163,7 +163,7 @@ class XpoDPOTrainer(PreferenceTrainer):
 
     def pair(self, groups: list[Group]) -> list[Pair]:
         pairs = super().pair(groups)
-        if any(m.decides("pair", self.args) for m in self.methods):
+        if self.replaced_by("pair") is not None:
             return pairs
         paired = {id(pair.group) for pair in pairs}
         ties = [tie_of(group) for group in groups if id(group) not in paired]
@@ -205,9 +205,7 @@ class XpoDPOTrainer(PreferenceTrainer):
         batch["xpo_explored"] = torch.tensor([row.get("xpo_explored", 0) for row in examples])
         if self._scores_besides:
             rows = [[(row["prompt_ids"], row.get("xpo_ids", []))] for row in examples]
-            parts = stack_sequences(
-                rows, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode
-            )
+            parts = stack_sequences(rows, self.tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode)
             batch |= dict(zip(_SEQUENCES, [part[:, 0] for part in parts], strict=True))
         return batch
 
