@@ -301,6 +301,8 @@ def test_a_run_that_was_killed_twice_is_the_run_that_was_not(kind, peft, kills, 
     assert rounds(tmp_path / "whole") == rounds_without_partial(tmp_path / "killed")
     expected = [row for row in history(whole) if "loss" in row]
     assert len(expected) == 6 and [row for row in history(again) if "loss" in row] == expected
+    assert again.sampled_tokens == whole.sampled_tokens > 0
+    assert again.trained_tokens == whole.trained_tokens > 0
 
 
 def rounds_without_partial(output_dir) -> list[list[dict]]:
@@ -458,6 +460,48 @@ def test_a_method_changes_a_stage(tiny_path, tokenizer, tmp_path):
     assert len(pairs) <= 7
     assert all(p["half_gap"] == pytest.approx(p["chosen_score"] - p["rejected_score"]) for p in pairs)
     assert max(row.get("half/gap", 0) for row in trainer.state.log_history) > 0
+
+
+def test_a_method_chooses_prompts(tiny_path, tokenizer, tmp_path):
+    asked = []
+
+    class Last(PreferenceTrainer):
+        config_class = PreferenceConfig
+
+        def choose_prompts(self, count, round):
+            asked.append((count, round))
+            return [13, 12] if round == 1 else super().choose_prompts(count, round)
+
+    trainer = online(tiny_path, tokenizer, tmp_path, cls=Last, online_num_prompts=3)
+    trainer.train()
+    assert asked == [(3, 0), (3, 1), (3, 2)]
+    first, second, third = ([row["row"] for row in table] for table in rounds(tmp_path, "candidates"))
+    assert second == [13, 12]
+    # The loop's own order goes on as if it had been asked
+    order = cycled(trainer.args.seed, len(PROMPTS), 0, 9, "prompts")
+    assert (first, third) == (order[:3], order[6:])
+
+
+def test_tokens_are_counted(tiny_path, tokenizer, tmp_path):
+    trainer = online(
+        tiny_path, tokenizer, tmp_path, cls=HypoDPOTrainer, online_kl_num_samples=2, online_kl_max_new_tokens=3
+    )
+    lengths = []
+    sample = trainer.sample
+
+    def measured(inputs):
+        samples = sample(inputs)
+        lengths.extend(samples["hypo"].completion_mask.sum(1).tolist())
+        return samples
+
+    trainer.sample = measured
+    assert trainer.sampled_tokens == trainer.trained_tokens == 0
+    trainer.train()
+    # Two micro-batches of two pairs in each of six steps
+    assert len(lengths) == 2 * 2 * 2 * 6
+    of_rounds = [n for table in rounds(tmp_path, "candidates") for row in table for n in row["lengths"]]
+    assert trainer.sampled_tokens == sum(lengths) + sum(of_rounds)
+    assert trainer.trained_tokens == [row for row in history(trainer) if "num_tokens" in row][-1]["num_tokens"]
 
 
 RANKS = {"save_strategy": "no", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "online_num_prompts": 5}

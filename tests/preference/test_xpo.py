@@ -12,6 +12,7 @@ from papertrl import RlhfWorkflowDPOTrainer, XpoDPOConfig, XpoDPOTrainer, compos
 from papertrl.losses.preference.xpo import explored_logps, scheduled
 from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.online.candidates import Candidate, Group, Pair
+from papertrl.trainers.preference.online.draw import keyed_seed
 from papertrl.trainers.preference.sampling import sample_completions
 
 from .common import CHOSEN, PROMPTS, history, loss_and_gradients, make_trainer, pairs, perturbed, recorded
@@ -132,7 +133,7 @@ def test_reference_s_candidates_are_the_reference_s(tiny_path, tokenizer, tmp_pa
     prompt = torch.tensor([[5, 6, 7]])
     draws = []
     for model in (trainer.ref_model, trainer.model):
-        seeds = [trainer._seed(0, 1, "reference")]
+        seeds = [keyed_seed(trainer.args.seed, 0, 0, 1, "reference")]
         ids, _, mask = sample_completions(
             model, prompt, torch.ones_like(prompt), seeds, 6, 0, [tokenizer.eos_token_id]
         )
