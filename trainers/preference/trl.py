@@ -18,6 +18,8 @@ from .record import PreferenceRecord
 # First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
 PINNED = {
     "trl.trainer.dpo_trainer.DPOTrainer.__init__": "632f447c71dcb04361800303be2192d8",
+    "trl.trainer.dpo_trainer.DPOTrainer._prepare_dataset": "35e349e8e8266df4a098b8c0b9949729",
+    "trl.trainer.dpo_trainer.DPOTrainer._set_signature_columns_if_needed": "71225a628baed4cb39147a4d594b56a5",
     "trl.trainer.dpo_trainer.DPOTrainer._compute_loss": "5e58a1699e0d76cd093095fa24cfe6ca",
     "trl.trainer.dpo_trainer.DPOTrainer.compute_loss": "c453890e84beb4cb26a59d98dc6c98d0",
     "trl.trainer.dpo_trainer.DPOTrainer.compute_ref_log_probs": "90611af9cbadb8ecfe0152f237177bea",
@@ -28,6 +30,7 @@ PINNED = {
     "trl.trainer.utils.flush_left": "8454fdab9ffeacb418d44f224eef1a1f",
     "trl.models.utils.disable_gradient_checkpointing": "1f3a5e7ca9cb59025b228c02d9e823f9",
     "trl.models.utils.unwrap_model_for_generation": "583d1303c5c55405c0c7b62819e64a19",
+    "transformers.trainer.Trainer._load_from_checkpoint": "a2804e8d93a297e30d11e1589e707793",
     "transformers.trainer.Trainer._run_epoch": "31aff00f34c302a241b458727e59ae4b",
     "transformers.trainer.Trainer.get_batch_samples": "0b3727386f73f67053b12b91e01c6967",
     "trl.data_utils.common_prefix_length": "34e85554d52b8011c30a25cca000048c",
