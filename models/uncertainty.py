@@ -1,13 +1,14 @@
 """A classifier of preference pairs whose dropout stays on: its passes differ where it is not sure of a label."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
+from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TokenizedPair(NamedTuple):
@@ -16,6 +17,42 @@ class TokenizedPair(NamedTuple):
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
+
+
+def copied_backbone(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """A copy of a causal LM in float32, without head and adapter, to make a classifier of."""
+    policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
+    backbone = AutoModel.from_config(policy.config, dtype=torch.float32)
+    # Adapters wrap the layers that they act on
+    weights = policy.base_model.state_dict()
+    backbone.load_state_dict({k.replace(".base_layer", ""): v for k, v in weights.items() if "lora_" not in k})
+    return backbone
+
+
+def loaded_backbone(
+    name: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedModel, Callable[..., TokenizedPair]]:
+    """
+    Another model to make a classifier of, and how pairs are read with its vocabulary.
+
+    Args:
+        name (`str`):
+            Its id or folder.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            That of the pairs.
+
+    Returns:
+        The model in float32, and a function from the fields of a [`TokenizedPair`] to one with the model's tokens.
+    """
+    its = AutoTokenizer.from_pretrained(name)
+    end = its.eos_token_id if its.eos_token_id is not None else its.sep_token_id
+
+    def read(*pair: list[int]) -> TokenizedPair:
+        texts = tokenizer.batch_decode(list(pair), skip_special_tokens=True)
+        prompt, chosen, rejected = its(texts, add_special_tokens=False)["input_ids"]
+        return TokenizedPair(prompt, [*chosen, end], [*rejected, end])
+
+    return AutoModel.from_pretrained(name, dtype=torch.float32), read
 
 
 class PairClassifier(nn.Module):

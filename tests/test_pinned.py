@@ -7,7 +7,7 @@ import inspect
 import pytest
 
 from papertrl.trainers.policy import trl as policy
-from papertrl.trainers.preference import base as preference
+from papertrl.trainers.preference import trl as preference
 from papertrl.trainers.supervised import base as supervised
 
 BASES = {"policy": policy, "preference": preference, "supervised": supervised}

@@ -51,6 +51,17 @@ def keep_adapter(model: PeftModel) -> None:
 
 
 @contextmanager
+def trainable_kept(model: nn.Module) -> Iterator[None]:
+    """Afterwards, what takes gradients now takes them again: PEFT freezes all adapters but the one it switches to."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+
+
+@contextmanager
 def as_reference(model: nn.Module, unwrapped: nn.Module) -> Iterator[nn.Module]:
     """
     Make `model` behave as the reference: no gradient, evaluation mode, and, if it is a PEFT model, under the `"ref"`

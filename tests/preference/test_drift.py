@@ -133,7 +133,7 @@ def test_identical_empty_and_unfinished_samples_are_counted_and_dropped(tiny_pat
     made = iter([("7", True), ("", True), ("same", True), ("8888", False)])
 
     def draw(groups, count, source="policy", prompts=None):
-        from papertrl.trainers.preference.candidates import Candidate
+        from papertrl.trainers.preference.online.candidates import Candidate
 
         for group in groups:
             text, finished = next(made)
@@ -253,7 +253,7 @@ def test_rewards_are_kept_for_the_record_only(tiny_path, tokenizer, tmp_path):
     plain = drift(tiny_path, tokenizer, tmp_path / "plain")
     plain.train()
     scored = drift(tiny_path, tokenizer, tmp_path / "scored")
-    from papertrl.trainers.preference.judging import RewardScorer
+    from papertrl.trainers.preference.online.judging import RewardScorer
 
     scored.scorer = RewardScorer(
         lambda completions, **kwargs: [float(len(text)) for text in completions], None, None, scored.accelerator, 8

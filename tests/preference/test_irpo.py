@@ -287,7 +287,7 @@ def by_hand(trainer, rows, layout, weighting="dcg", mean=True, normalize=True):
     """Mean list loss, a list at a time and an item at a time."""
     losses = []
     for row in rows:
-        columns = ranking.tokenize_list(row, trainer._tokenizer, layout, "\n", trainer.args.seed)
+        columns = ranking.tokenize_list(row, trainer.tokenizer, layout, "\n", trainer.args.seed)
         ratios = {}
         for ids, index in zip(columns["irpo_completion_ids"], columns["irpo_item_index"], strict=True):
             prompt = columns["irpo_prompt_ids"]

@@ -15,7 +15,8 @@ from papertrl import RlhfWorkflowDPOConfig, RlhfWorkflowDPOTrainer
 from papertrl.losses.preference.rlhf_workflow import CHOOSE_TYPES, choose_pair
 from papertrl.tasks import load_task
 from papertrl.trainers.preference.base import PreferenceTrainer
-from papertrl.trainers.preference.candidates import Candidate, Group
+from papertrl.trainers.preference.online.candidates import Candidate, Group
+from papertrl.trainers.preference.online.loop import cycled
 
 from .common import PROMPTS, first_batch, history, loss_and_gradients, make_trainer, warmed, weights
 
@@ -38,10 +39,7 @@ def varied(completions, **kwargs):
 
 def make(tiny_path, tokenizer, tmp_path, **options):
     options = {"dataset": prompts(), "reward_funcs": varied, **ONLINE, **options}
-    trainer = make_trainer(RlhfWorkflowDPOTrainer, tiny_path, tokenizer, tmp_path, **options)
-    # For stages that are called without a round
-    trainer._round_metrics = {}
-    return trainer
+    return make_trainer(RlhfWorkflowDPOTrainer, tiny_path, tokenizer, tmp_path, **options)
 
 
 # --- Selection --------------------------------------------------------------------------------------------------
@@ -132,7 +130,7 @@ def test_pairs_and_metrics_of_a_round(tiny_path, tokenizer, tmp_path):
         (0, "0", "1"),
         (2, "2", "0"),
     ]
-    assert trainer._round_metrics == pytest.approx(
+    assert trainer.online.metrics == pytest.approx(
         {
             "rlhf_dropped_share": 0.5,
             "rlhf_reward_gap": ((1 - 2) + (5 - 3)) / 2,
@@ -174,7 +172,7 @@ def test_first_step_is_dpo_on_the_round_s_pairs(tiny_path, tokenizer, tmp_path):
     rows = pq.read_table(tmp_path / "online" / "rounds" / "round_0" / "pairs.parquet").to_pylist()
     # One batch holds all of them as often as it fits; the same by TRL's loss on the prepared rows
     offline = make_trainer(PreferenceTrainer, tiny_path, tokenizer, tmp_path / "offline")
-    order = trainer._cycled(len(rows), 0, 32, "pairs", 0)
+    order = cycled(trainer.args.seed, len(rows), 0, 32, "pairs", 0)
     columns = ("prompt_ids", "chosen_ids", "rejected_ids")
     batch = offline.data_collator([{name: rows[i][name] for name in columns} for i in order])
     loss, _ = loss_and_gradients(offline, offline._prepare_inputs(batch))

@@ -19,8 +19,9 @@ from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrai
 from papertrl.core.declaration import Method
 from papertrl.models.tiny import tiny_tokenizer
 from papertrl.trainers.preference.base import PreferenceConfig
-from papertrl.trainers.preference.candidates import Candidate, Group, Pair, best_against_worst, pairs_dataset
-from papertrl.trainers.preference.judging import compare
+from papertrl.trainers.preference.online.candidates import Candidate, Group, Pair, best_against_worst, pairs_dataset
+from papertrl.trainers.preference.online.judging import compare
+from papertrl.trainers.preference.online.loop import cycled
 
 from .common import assert_same_tensors, history, make_trainer, perturbed, weights
 
@@ -96,7 +97,7 @@ def test_training_is_dpo_on_the_rounds_pairs(tiny_path, tokenizer, tmp_path):
     start = {k: v.clone() for k, v in weights(trainer).items()}
     trainer.train()
     (pairs,) = rounds(tmp_path)
-    order = trainer._cycled(len(pairs), 0, 2 * 2 * 6, "pairs", 0)
+    order = cycled(trainer.args.seed, len(pairs), 0, 2 * 2 * 6, "pairs", 0)
     assert sorted(order[: len(pairs)]) == list(range(len(pairs)))
     rows = Dataset.from_list([pairs[i] for i in order]).select_columns(["prompt", "chosen", "rejected"])
     offline = make_trainer(
@@ -212,13 +213,13 @@ def test_where_the_reference_stands(kind, peft, tiny_path, tokenizer, tmp_path):
     class Watched(PreferenceTrainer):
         config_class = PreferenceConfig
 
-        def choose_prompts(self, iteration):
+        def choose_prompts(self, count, round):
             # A fixed sequence tells models apart
             ids = torch.tensor([[5, 6, 7, 8]])
             mask = torch.ones_like(ids)
             policies.append(self.score_sequences(self.model, ids, mask, mask).sum().item())
             references.append(self.score_sequences(self.model, ids, mask, mask, role="reference").sum().item())
-            return super().choose_prompts(iteration)
+            return super().choose_prompts(count, round)
 
     options = {"peft_config": LoraConfig(r=2, target_modules="all-linear")} if peft else {}
     trainer = online(
@@ -237,10 +238,10 @@ def test_where_the_reference_stands(kind, peft, tiny_path, tokenizer, tmp_path):
 
 def test_ema_averages_weights(tiny_path, tokenizer, tmp_path):
     trainer = online(tiny_path, tokenizer, tmp_path, online_reference="ema", online_reference_decay=0.75)
-    before = {k: v.clone() for k, v in trainer._reference_weights().items()}
-    trainer._move_reference()
+    before = {k: v.clone() for k, v in trainer.online.reference.weights().items()}
+    trainer.online.reference.move()
     for name, value in weights(trainer).items():
-        torch.testing.assert_close(trainer._reference_weights()[name], 0.75 * before[name] + 0.25 * value)
+        torch.testing.assert_close(trainer.online.reference.weights()[name], 0.75 * before[name] + 0.25 * value)
 
 
 class Killed(Exception):
@@ -300,6 +301,8 @@ def test_a_run_that_was_killed_twice_is_the_run_that_was_not(kind, peft, kills, 
     assert rounds(tmp_path / "whole") == rounds_without_partial(tmp_path / "killed")
     expected = [row for row in history(whole) if "loss" in row]
     assert len(expected) == 6 and [row for row in history(again) if "loss" in row] == expected
+    assert again.sampled_tokens == whole.sampled_tokens > 0
+    assert again.trained_tokens == whole.trained_tokens > 0
 
 
 def rounds_without_partial(output_dir) -> list[list[dict]]:
@@ -323,7 +326,7 @@ def test_pairs_of_all_iterations_or_of_the_last(tiny_path, tokenizer, tmp_path):
     for accumulate in (False, True):
         trainer = online(tiny_path, tokenizer, tmp_path / str(accumulate), online_accumulate=accumulate)
         trainer.train()
-        sizes[accumulate] = len(trainer._training_pairs)
+        sizes[accumulate] = len(trainer.online.pairs)
         made = [len(r) for r in rounds(tmp_path / str(accumulate))]
         assert sizes[accumulate] == (sum(made) if accumulate else made[-1])
 
@@ -334,7 +337,7 @@ def test_an_iteration_without_pairs_keeps_those_before(tiny_path, tokenizer, tmp
 
     trainer = online(tiny_path, tokenizer, tmp_path, reward_funcs=only_first)
     trainer.train()
-    assert len(trainer._training_pairs) == pq.read_table(tmp_path / "rounds" / "round_0" / "pairs.parquet").num_rows
+    assert len(trainer.online.pairs) == pq.read_table(tmp_path / "rounds" / "round_0" / "pairs.parquet").num_rows
     assert not (tmp_path / "rounds" / "round_1" / "pairs.parquet").exists()
     with pytest.raises(ValueError, match="iteration 0 made no pair to train on"):
         online(tiny_path, tokenizer, tmp_path / "x", reward_funcs=lambda prompts, **_: [0] * len(prompts)).train()
@@ -457,6 +460,48 @@ def test_a_method_changes_a_stage(tiny_path, tokenizer, tmp_path):
     assert len(pairs) <= 7
     assert all(p["half_gap"] == pytest.approx(p["chosen_score"] - p["rejected_score"]) for p in pairs)
     assert max(row.get("half/gap", 0) for row in trainer.state.log_history) > 0
+
+
+def test_a_method_chooses_prompts(tiny_path, tokenizer, tmp_path):
+    asked = []
+
+    class Last(PreferenceTrainer):
+        config_class = PreferenceConfig
+
+        def choose_prompts(self, count, round):
+            asked.append((count, round))
+            return [13, 12] if round == 1 else super().choose_prompts(count, round)
+
+    trainer = online(tiny_path, tokenizer, tmp_path, cls=Last, online_num_prompts=3)
+    trainer.train()
+    assert asked == [(3, 0), (3, 1), (3, 2)]
+    first, second, third = ([row["row"] for row in table] for table in rounds(tmp_path, "candidates"))
+    assert second == [13, 12]
+    # The loop's own order goes on as if it had been asked
+    order = cycled(trainer.args.seed, len(PROMPTS), 0, 9, "prompts")
+    assert (first, third) == (order[:3], order[6:])
+
+
+def test_tokens_are_counted(tiny_path, tokenizer, tmp_path):
+    trainer = online(
+        tiny_path, tokenizer, tmp_path, cls=HypoDPOTrainer, online_kl_num_samples=2, online_kl_max_new_tokens=3
+    )
+    lengths = []
+    sample = trainer.sample
+
+    def measured(inputs):
+        samples = sample(inputs)
+        lengths.extend(samples["hypo"].completion_mask.sum(1).tolist())
+        return samples
+
+    trainer.sample = measured
+    assert trainer.sampled_tokens == trainer.trained_tokens == 0
+    trainer.train()
+    # Two micro-batches of two pairs in each of six steps
+    assert len(lengths) == 2 * 2 * 2 * 6
+    of_rounds = [n for table in rounds(tmp_path, "candidates") for row in table for n in row["lengths"]]
+    assert trainer.sampled_tokens == sum(lengths) + sum(of_rounds)
+    assert trainer.trained_tokens == [row for row in history(trainer) if "num_tokens" in row][-1]["num_tokens"]
 
 
 RANKS = {"save_strategy": "no", "optim": "sgd", "learning_rate": 0.1, "max_grad_norm": 0.0, "online_num_prompts": 5}

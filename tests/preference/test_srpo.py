@@ -125,8 +125,8 @@ def by_hand(trainer, rows, alpha, beta):
         def log_ratio(answer, before=None, prompt=prompt):
             context = prompt if before is None else TEMPLATE.format(prompt=prompt, answer=before)
             with torch.no_grad():
-                reference = sequence_logp(trainer.ref_model, trainer._tokenizer, context, answer)
-            return sequence_logp(trainer.model, trainer._tokenizer, context, answer) - reference
+                reference = sequence_logp(trainer.ref_model, trainer.tokenizer, context, answer)
+            return sequence_logp(trainer.model, trainer.tokenizer, context, answer) - reference
 
         w, l = chosen, rejected  # noqa: E741
         h = {(a, b): log_ratio(a, b) for a in (w, l) for b in (w, l, None)}
@@ -163,10 +163,10 @@ def test_loss_and_gradient_are_the_equation_by_hand(alpha, share, tiny_path, tok
 def test_prompts_of_two_answers_are_computed_once(tiny_path, tokenizer, tmp_path, monkeypatch):
     trainer = a_trainer(tiny_path, tokenizer, tmp_path, share_prompts=True)
     seen = []
-    score = trainer._score
+    score = trainer.score_tokens
     monkeypatch.setattr(
         trainer,
-        "_score",
+        "score_tokens",
         lambda model, inputs, mask: (
             seen.append(inputs["input_ids"][inputs["attention_mask"].bool()].numel()),
             score(model, inputs, mask),

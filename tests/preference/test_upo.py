@@ -19,7 +19,7 @@ from papertrl.losses.preference.upo import (
     selection_probabilities,
     smoothing_alpha,
 )
-from papertrl.models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
+from papertrl.models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities, loaded_backbone
 
 from .common import first_batch, history, loss_and_gradients, make_trainer, pairs, recorded
 
@@ -299,12 +299,12 @@ def test_smoothing_adds_up_with_another_method_s(tiny_path, tokenizer, tmp_path)
 
 
 def test_estimator_of_another_model_reads_with_its_vocabulary(tiny_path, tokenizer, tmp_path):
-    trainer = make_trainer(UpoDPOTrainer, tiny_path, tokenizer, tmp_path, upo_estimator=tiny_path, **OFFLINE)
-    _, read = trainer._upo_backbone()
+    make_trainer(UpoDPOTrainer, tiny_path, tokenizer, tmp_path, upo_estimator=tiny_path, **OFFLINE)
+    _, read = loaded_backbone(tiny_path, tokenizer)
     prompt, chosen, rejected = (tokenizer.encode(text, add_special_tokens=False) for text in ("1+1=", "2", "33"))
     eos = [tokenizer.eos_token_id]
     given = TokenizedPair(prompt, chosen + eos, rejected + eos)
-    assert read(given) == given
+    assert read(*given) == given
 
 
 @pytest.mark.parametrize(

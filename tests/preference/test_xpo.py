@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from papertrl import RlhfWorkflowDPOTrainer, XpoDPOConfig, XpoDPOTrainer, compose
 from papertrl.losses.preference.xpo import explored_logps, scheduled
 from papertrl.trainers.preference.base import PreferenceTrainer
-from papertrl.trainers.preference.candidates import Candidate, Group, Pair
+from papertrl.trainers.preference.online.candidates import Candidate, Group, Pair
+from papertrl.trainers.preference.online.draw import keyed_seed
 from papertrl.trainers.preference.sampling import sample_completions
 
 from .common import CHOSEN, PROMPTS, history, loss_and_gradients, make_trainer, pairs, perturbed, recorded
@@ -36,10 +37,7 @@ def varied(completions, **kwargs):
 
 def make(tiny_path, tokenizer, tmp_path, cls=XpoDPOTrainer, **options):
     options = {"dataset": prompts(), "reward_funcs": varied, **ONLINE, **options}
-    trainer = make_trainer(cls, tiny_path, tokenizer, tmp_path, **options)
-    # For stages that are called without a round
-    trainer._round_metrics = {}
-    return trainer
+    return make_trainer(cls, tiny_path, tokenizer, tmp_path, **options)
 
 
 # --- Mathematics ------------------------------------------------------------------------------------------------
@@ -84,8 +82,8 @@ def test_dataset_completion_begins_where_the_candidates_do(tiny_path, tokenizer,
         found = trainer.dataset_candidate(Group(row | {"chosen": chosen}, 0, prompt_ids), "chosen")
         assert (found.completion, found.completion_ids, found.source) == ("23", apart, "dataset")
     trainer._tokenizer = deepcopy(tokenizer)
-    trainer._tokenizer.add_tokens(["=2"])
-    assert len(trainer._tokenizer("1+1=2")["input_ids"]) == len(prompt_ids)
+    trainer.tokenizer.add_tokens(["=2"])
+    assert len(trainer.tokenizer("1+1=2")["input_ids"]) == len(prompt_ids)
     assert trainer.dataset_candidate(Group(row, 0, prompt_ids), "chosen").completion_ids == apart
 
 
@@ -135,7 +133,7 @@ def test_reference_s_candidates_are_the_reference_s(tiny_path, tokenizer, tmp_pa
     prompt = torch.tensor([[5, 6, 7]])
     draws = []
     for model in (trainer.ref_model, trainer.model):
-        seeds = [trainer._seed(0, 1, "reference")]
+        seeds = [keyed_seed(trainer.args.seed, 0, 0, 1, "reference")]
         ids, _, mask = sample_completions(
             model, prompt, torch.ones_like(prompt), seeds, 6, 0, [tokenizer.eos_token_id]
         )
@@ -167,7 +165,7 @@ def test_ties_and_marks(tiny_path, tokenizer, tmp_path):
         4: ("2", "1", 1),
     }
     assert all(p.extras["xpo_ids"] == p.group.candidates[-1].completion_ids for p in found)
-    assert trainer._round_metrics == {"xpo_explored_win_rate": 1 / 4, "xpo_repeated_share": 1 / 5}
+    assert trainer.online.metrics == {"xpo_explored_win_rate": 1 / 4, "xpo_repeated_share": 1 / 5}
 
 
 @pytest.mark.parametrize("order", [(XpoDPOTrainer, RlhfWorkflowDPOTrainer), (RlhfWorkflowDPOTrainer, XpoDPOTrainer)])
@@ -185,7 +183,7 @@ def test_a_group_without_explored_candidate_explores_nothing(tiny_path, tokenize
     del plain.candidates[-1].extras["xpo"]
     (pair,) = trainer.select_pairs(trainer.pair([plain]))
     assert pair.extras == {"xpo_explored": 0, "xpo_ids": []}
-    assert trainer._round_metrics == {}
+    assert trainer.online.metrics == {}
 
 
 # --- The step ---------------------------------------------------------------------------------------------------
@@ -259,7 +257,7 @@ def test_pairs_of_earlier_iterations_stay_unless_told(tiny_path, tokenizer, tmp_
     kept = make(tiny_path, tokenizer, tmp_path / "kept")
     fresh = make(tiny_path, tokenizer, tmp_path / "fresh", online_accumulate=False)
     kept.train(), fresh.train()
-    assert [len(t._training_pairs) for t in (kept, fresh)] == [16, 8]
+    assert [len(t.online.pairs) for t in (kept, fresh)] == [16, 8]
 
 
 def test_pushes_down_what_the_reference_says(tiny_path, tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""The batch with what methods made of further dataset columns."""
+"""The batch, with what methods made of further dataset columns."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,3 +24,11 @@ class CarryingCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return self.collator(examples) | {"extras": self.collate(examples)}
+
+
+_NOT_OF_THE_MODEL = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps", "extras")
+
+
+def model_inputs_of(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a batch is an argument of the model."""
+    return {name: value for name, value in batch.items() if name not in _NOT_OF_THE_MODEL}

@@ -15,7 +15,7 @@ from ...metrics.estimators import distinct_n
 from ...models.tokenization import template_options, tokenize_prompt
 from ...rewards.matching import completion_text
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Group, Pair
+from .online.candidates import Group, Pair
 from .record import PreferenceRecord
 
 TEMPLATE_FIELDS = ("prompt", "rejected", "feedback", "instruction")
@@ -199,7 +199,7 @@ class DriftDPOTrainer(PreferenceTrainer):
             history, write = list(row["prompt"]), self._as_messages
         while True:
             prompt = write(history, row)
-            tokens = tokenize_prompt(self._tokenizer, prompt, template_options(row))
+            tokens = tokenize_prompt(self.tokenizer, prompt, template_options(row))
             excess = len(tokens) - self.args.drift_max_prompt_length
             shorter = self._shortened(history, excess) if excess > 0 else history
             if shorter == history:
@@ -209,7 +209,7 @@ class DriftDPOTrainer(PreferenceTrainer):
     def _as_text(self, history: str, row: dict[str, Any]) -> str:
         return self.args.drift_text_template.format(
             prompt=history,
-            rejected=row["rejected"].removesuffix(self._tokenizer.eos_token),
+            rejected=row["rejected"].removesuffix(self.tokenizer.eos_token),
             feedback=row["feedback"],
             instruction=self.args.drift_instruction,
         )
@@ -221,8 +221,8 @@ class DriftDPOTrainer(PreferenceTrainer):
     def _shortened(self, history: str | Messages, excess: int) -> str | Messages:
         """The history without its oldest turn after a system message, or the last turn without its first tokens."""
         if isinstance(history, str):
-            ids = self._tokenizer(history, add_special_tokens=False)["input_ids"]
-            return self._tokenizer.decode(ids[excess:])
+            ids = self.tokenizer(history, add_special_tokens=False)["input_ids"]
+            return self.tokenizer.decode(ids[excess:])
         system = [message for message in history[:1] if message["role"] == "system"]
         turns = history[len(system) :]
         if len(turns) > 1:

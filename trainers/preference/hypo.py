@@ -148,7 +148,7 @@ class HypoDPOTrainer(PreferenceTrainer):
                 "`hypo_kl_coef` > 0 scores samples under the reference model, which `precompute_ref_log_probs=True` "
                 "does not keep. Set `precompute_ref_log_probs=False`, pass `ref_model`, or train with PEFT."
             )
-        if self._is_vision_dataset:
+        if self.has_images:
             raise ValueError("`hypo_kl_coef` > 0 does not support datasets with images. Set `hypo_kl_coef=0`.")
 
     def sample(self, inputs: dict[str, Any]) -> dict[str, SampledCompletions]:
@@ -159,7 +159,7 @@ class HypoDPOTrainer(PreferenceTrainer):
             return samples
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
         half = {name: rows.chunk(2)[0] for name, rows in batch.items()}
-        k, pad_token_id = args.hypo_kl_num_samples, self._tokenizer.pad_token_id
+        k, pad_token_id = args.hypo_kl_num_samples, self.tokenizer.pad_token_id
         prompts = left_padded_prompts(**half, pad_token_id=pad_token_id)
         prompt_ids, prompt_padding_mask, prompt_mask = (rows.repeat_interleave(k, dim=0) for rows in prompts)
         seeds = sample_seeds(args.seed, self.state.global_step, batch["input_ids"], batch["attention_mask"], k)

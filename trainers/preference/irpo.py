@@ -145,19 +145,17 @@ class IrpoDPOTrainer(PreferenceTrainer):
         formats = super().dataset_formats(args)
         return ("rankings", *formats) if args.irpo_weighting != "none" and args.online_iterations == 0 else formats
 
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        # Prompts of the online loop stay as they are
-        lists = args.irpo_weighting != "none" and dataset is not self._prompts and "completions" in next(iter(dataset))
-        if lists:
-            dataset = dataset.map(best_and_worst)
-        return super()._prepare_dataset(dataset, processing_class, args, dataset_name)
+    def as_pairs(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+        dataset = super().as_pairs(dataset)
+        lists = self.args.irpo_weighting != "none" and "completions" in next(iter(dataset))
+        return dataset.map(best_and_worst) if lists else dataset
 
     def prepare(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         dataset = super().prepare(dataset, name)
         if self.args.irpo_weighting == "none":
             return dataset
         options = {
-            "tokenizer": self._tokenizer,
+            "tokenizer": self.tokenizer,
             "layout": self.args.irpo_layout,
             "separator": self.args.irpo_separator,
             "seed": self.args.seed,
@@ -173,7 +171,7 @@ class IrpoDPOTrainer(PreferenceTrainer):
             return extras
         input_ids, attention_mask, item_index = stack_sequences(
             [[(row["irpo_prompt_ids"], ids) for ids in row["irpo_completion_ids"]] for row in examples],
-            self._tokenizer.pad_token_id,
+            self.tokenizer.pad_token_id,
             self.args.max_length,
             self.args.truncation_mode,
             marks=[row["irpo_item_index"] for row in examples],
@@ -227,7 +225,7 @@ class IrpoDPOTrainer(PreferenceTrainer):
         # From the first item on, with what stands between items
         scored = (extras["irpo_item_index"][exists].cummax(1).values > 0) * rows["attention_mask"]
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        outputs = self._score(model, {**rows, **router}, scored)
+        outputs = self.score_tokens(model, {**rows, **router}, scored)
         ref_logps = self.reference_logps(rows, scored)
         fields = {"per_token_logps": outputs["log_probs"], "ref_per_token_logps": ref_logps}
         observed = ("entropy", "mean_logits", "is_top1", *(["log_sum_sq_probs"] if self.use_weighting else []))
@@ -252,7 +250,7 @@ class IrpoDPOTrainer(PreferenceTrainer):
         attention_mask = extras["irpo_attention_mask"][at] * until_end
         outside = completion_mask[:, 1:] == 0
         return {
-            "input_ids": extras["irpo_input_ids"][at].masked_fill(attention_mask == 0, self._tokenizer.pad_token_id),
+            "input_ids": extras["irpo_input_ids"][at].masked_fill(attention_mask == 0, self.tokenizer.pad_token_id),
             "attention_mask": attention_mask,
             "completion_mask": completion_mask,
             **{name: values[at].masked_fill(outside, 0) for name, values in per_token.items()},

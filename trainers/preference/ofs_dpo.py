@@ -1,7 +1,5 @@
 """OFS-DPO: two adapters of different speed that chase each other."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,9 +142,7 @@ class OfsDPOTrainer(PreferenceTrainer):
 
     config_class = OfsDPOConfig
     method = declared("ofs_dpo")
-    extends = {"extra_terms": {}}
-
-    _scores_slow = False
+    extends = {"extra_terms": {}, "optimizer": {}, "after_backward": {}, "run": {}}
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         args = self.make_config(args, model)
@@ -155,8 +151,6 @@ class OfsDPOTrainer(PreferenceTrainer):
             args.ddp_find_unused_parameters = False
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
         self._module_parameters: dict[str, list[torch.nn.Parameter]] = {}
-        self._module_losses = [torch.zeros(())] * 2
-        self._reference_logps: list[torch.Tensor] = []
         self._roles = Roles()
         if self.args.ofs_alpha is None:
             return
@@ -173,7 +167,9 @@ class OfsDPOTrainer(PreferenceTrainer):
         for fast, slow in pairs:
             slow.data = fast.data.clone()
         self._module_parameters = dict(zip(MODULES, map(list, zip(*pairs, strict=True)), strict=True))
-        self._thaw()
+        for _, slow in pairs:
+            # PEFT freezes an adapter that is not the active one
+            slow.requires_grad_(True)
 
     def _check_modules(self) -> None:
         active = f"`ofs_alpha={self.args.ofs_alpha}` trains a second adapter"
@@ -193,91 +189,51 @@ class OfsDPOTrainer(PreferenceTrainer):
         for what, present in {
             "FSDP": self.is_fsdp_enabled,
             "DeepSpeed": self.is_deepspeed_enabled,
-            "datasets with images": self._is_vision_dataset,
+            "datasets with images": self.has_images,
         }.items():
             if present:
                 raise ValueError(f"{active}, which is not supported with {what}. Set `ofs_alpha=None`.")
 
     # --- Two adapters -------------------------------------------------------------------------------------------
 
-    def _thaw(self) -> None:
-        """Let both adapters take gradients: PEFT freezes the inactive one whenever an adapter is switched."""
-        for parameters in self._module_parameters.values():
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-
-    @contextmanager
-    def _slow_module(self) -> Iterator[None]:
-        """Make `slow` the policy, also for what is logged."""
-        unwrapped = self.accelerator.unwrap_model(self.model)
-        unwrapped.set_adapter("slow")
-        self._scores_slow = True
-        try:
-            yield
-        finally:
-            self._scores_slow = False
-            unwrapped.set_adapter("default")
-            self._thaw()
-
-    def log_metric(self, name: str, value: torch.Tensor | float) -> None:
-        super().log_metric(f"slow/{name}" if self._scores_slow else name, value)
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        """TRL's optimizer, with groups of their own for the slow adapter's parameters."""
-        made = self.optimizer is None
-        self._thaw()
-        optimizer = super().create_optimizer(model)
+    def set_up_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        super().set_up_optimizer(optimizer)
         slow = {id(parameter) for parameter in self._module_parameters.get("slow", [])}
-        for group in list(optimizer.param_groups) if made and slow else ():
+        for group in list(optimizer.param_groups):
             moved = [parameter for parameter in group["params"] if id(parameter) in slow]
             if moved:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in slow]
                 rate = self.args.ofs_slow_lr_ratio * group["lr"]
                 optimizer.add_param_group({**group, "params": moved, "lr": rate})
-        return optimizer
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        folder = Path(resume_from_checkpoint) / "slow"
-        if self.args.ofs_alpha is not None and not (folder / SAFETENSORS_WEIGHTS_NAME).is_file():
+    def check_checkpoint(self, folder: Path) -> None:
+        super().check_checkpoint(folder)
+        if self.args.ofs_alpha is not None and not (folder / "slow" / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ValueError(
-                f"`resume_from_checkpoint`: '{folder}' has no adapter, so that the run cannot go on as it was. Resume "
-                "from another checkpoint, or start anew."
+                f"`resume_from_checkpoint`: '{folder / 'slow'}' has no adapter, so that the run cannot go on as it "
+                "was. Resume from another checkpoint, or start anew."
             )
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._thaw()
 
-    def reference_logps(self, model_inputs: dict[str, Any], completion_mask: torch.Tensor) -> torch.Tensor:
-        if self._scores_slow:
-            # The reference says the same again, whichever module is compared with it
-            return self._reference_logps.pop(0)
-        logps = super().reference_logps(model_inputs, completion_mask)
-        self._reference_logps.append(logps)
-        return logps
-
-    def _compute_loss(self, model, inputs, return_outputs):
-        self._collated, self._reference_logps = inputs, []
-        outcome = super()._compute_loss(model, inputs, return_outputs)
-        # A pass of the reference switches adapters, too
-        self._thaw()
-        return outcome
+    def after_training(self) -> None:
+        super().after_training()
+        if self._module_parameters:
+            exchanged = self._roles.better() == 1
+            if exchanged:
+                for fast, slow in zip(*self._module_parameters.values(), strict=True):
+                    fast.data, slow.data = slow.data, fast.data
+            self.log({"ofs/served_slow": float(exchanged)})
 
     # --- The chase ----------------------------------------------------------------------------------------------
-
-    def pair_terms(self, record: PreferenceRecord) -> list[LossTerm]:
-        terms = super().pair_terms(record)
-        self._module_losses[self._scores_slow] = self.reduce_terms(terms).detach()
-        return terms
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)
         alpha = self.args.ofs_alpha
         if alpha is None or not self.model.training:
             return terms
-        with self._slow_module():
-            slow_record = self.statistics(model, self._collated)
-            slow_record.samples = record.samples
-            slow_terms = self.pair_terms(slow_record)
-        self._roles.observe(self.accelerator.reduce(torch.stack(self._module_losses), reduction="mean"))
+        slow_record = self.pair_statistics(model, record, adapter="slow")
+        losses = torch.stack([self.reduce_terms(r.pair_losses).detach() for r in (record, slow_record)])
+        self._roles.decide(self.state.global_step // self.args.ofs_chasing_interval)
+        self._roles.observe(self.accelerator.reduce(losses, reduction="mean"))
         margins = (record.margins, slow_record.margins)
         fast, slow = margins[self._roles.fast], margins[1 - self._roles.fast]
         leads, follows = chase(fast, slow, self.beta, self.args.ofs_margin_clip)
@@ -287,30 +243,17 @@ class OfsDPOTrainer(PreferenceTrainer):
         self.log_metric("ofs/swaps", float(self._roles.swaps))
         return [
             *terms,
-            *(LossTerm(f"slow_{term.name}", term.values, term.mask, term.coef) for term in slow_terms),
+            *(LossTerm(f"slow_{term.name}", term.values, term.mask, term.coef) for term in slow_record.pair_losses),
             LossTerm("ofs_chase", leads, coef=alpha),
             LossTerm("ofs_chased", follows, coef=-alpha),
         ]
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self._roles.decide(self.state.global_step // self.args.ofs_chasing_interval)
-        loss = super().training_step(model, inputs, num_items_in_batch)
+    def after_backward(self) -> None:
+        super().after_backward()
         if self.accelerator.sync_gradients:
             for name, parameters in self._module_parameters.items():
                 gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
                 self.log_metric(f"ofs/grad_norm_{name}", get_total_norm(gradients))
-        return loss
-
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """Train, then let the better of the two adapters be `default`; see [`~transformers.Trainer.train`]."""
-        result = super().train(resume_from_checkpoint, *args, **kwargs)
-        if self._module_parameters:
-            exchanged = self._roles.better() == 1
-            if exchanged:
-                for fast, slow in zip(*self._module_parameters.values(), strict=True):
-                    fast.data, slow.data = slow.data, fast.data
-            self.log({"ofs/served_slow": float(exchanged)})
-        return result
 
     # --- State --------------------------------------------------------------------------------------------------
 

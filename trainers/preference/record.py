@@ -1,9 +1,11 @@
 """The record that preference stages pass on. Its contract is stated and checked here, once."""
 
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
+from ...losses.terms import LossTerm
 from .sampling import SampledCompletions
 
 _PER_TOKEN = ("per_token_logps", "ref_per_token_logps", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
@@ -41,11 +43,15 @@ class PreferenceRecord:
             What methods sampled before the policy's pass, by method name.
         margins (`torch.Tensor` of shape `(pairs,)`, *optional*):
             Δ of every pair, with gradient; set after the stage *margin*.
+        pair_losses (`list[LossTerm]`):
+            Losses of every pair, weighted; set after the stage *pair weights*.
         extras (`dict[str, torch.Tensor]`):
             What methods made of further dataset columns in the stage *collate*, one entry per pair.
         exchanged (`bool`):
             Whether chosen and rejected are exchanged against the data, as [`flipped`] does for smoothed losses:
             `extras` and `samples` are as they were.
+        inputs (`dict[str, Any]`), reference_passes (`list[torch.Tensor]`):
+            The collated batch, and what the reference said of it in turn: to evaluate the pairs once more.
 
     Raises:
         `ValueError`: if a tensor breaks the contract; the message names it.
@@ -65,8 +71,11 @@ class PreferenceRecord:
     aux_loss: torch.Tensor | None = None
     samples: dict[str, SampledCompletions] = field(default_factory=dict)
     margins: torch.Tensor | None = None
+    pair_losses: list[LossTerm] = field(default_factory=list)
     extras: dict[str, torch.Tensor] = field(default_factory=dict)
     exchanged: bool = False
+    inputs: dict[str, Any] = field(default_factory=dict)
+    reference_passes: list[torch.Tensor] = field(default_factory=list)
 
     def __post_init__(self):
         rows, length = self.input_ids.shape
@@ -109,8 +118,8 @@ class PreferenceRecord:
 
     def flipped(self) -> "PreferenceRecord":
         """The same pairs with chosen and rejected exchanged; `extras` and `samples` stay."""
-        stays = ("aux_loss", "samples", "margins", "extras", "exchanged")
-        rows = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in stays}
+        names = ("input_ids", "attention_mask", "completion_mask", "logps", "ref_logps", *_PER_TOKEN)
+        rows = {name: getattr(self, name) for name in names}
         exchanged = {name: torch.cat(v.chunk(2)[::-1]) for name, v in rows.items() if v is not None}
         margins = None if self.margins is None else -self.margins
         return replace(self, **exchanged, margins=margins, exchanged=not self.exchanged)

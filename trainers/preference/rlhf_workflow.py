@@ -9,7 +9,7 @@ from ...core.declaration import declared
 from ...losses.preference.rlhf_workflow import CHOOSE_TYPES, choose_pair
 from ...losses.preference.scores import either_wrong
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Group, Pair
+from .online.candidates import Group, Pair
 from .record import PreferenceRecord
 
 

@@ -11,7 +11,7 @@ from ...core.declaration import declared
 from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
 from ...losses.preference.rso import Accepted, collapse_equal, point_reward, rejection_sample
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Candidate, Group, Pair
+from .online.candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
 
 # Losses of scores and margins alone; 'sft' compares nothing and may stand beside them

@@ -129,7 +129,7 @@ class SemDPOTrainer(PreferenceTrainer):
         encoder = self._sem_encoder or self.args.sem_encoder
         if isinstance(encoder, str):
             load_encoder(encoder)
-        special = sorted(self._tokenizer.all_special_tokens, key=len, reverse=True)
+        special = sorted(self.tokenizer.all_special_tokens, key=len, reverse=True)
         return dataset.map(add_distances, batched=True, fn_kwargs={"encoder": encoder, "special_tokens": special})
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

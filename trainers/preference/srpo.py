@@ -132,7 +132,7 @@ class SrpoDPOTrainer(PreferenceTrainer):
         if self.args.srpo_alpha is None:
             return dataset
         options = {
-            "tokenizer": self._tokenizer,
+            "tokenizer": self.tokenizer,
             "template": self.args.srpo_revision_template,
             "request": self.args.srpo_revision_request,
         }
@@ -150,7 +150,7 @@ class SrpoDPOTrainer(PreferenceTrainer):
             [(example[f"srpo_after_{before}_ids"], example[f"{answer}_ids"]) for before, answer in _SEQUENCES]
             for example in examples
         ]
-        parts = stack_sequences(rows, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode)
+        parts = stack_sequences(rows, self.tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode)
         return extras | dict(zip(_TENSORS, parts, strict=True))
 
     # --- The step -----------------------------------------------------------------------------------------------

@@ -1,13 +1,10 @@
 """UPO: pairs whose labels a classifier is sure of, the others smoothed or left out."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from transformers import AutoModel, AutoTokenizer, PreTrainedModel
-from trl import DPOTrainer
 
 from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
@@ -22,9 +19,16 @@ from ...losses.preference.upo import (
     smoothing_alpha,
 )
 from ...losses.terms import LossTerm
-from ...models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities
+from ...models.uncertainty import (
+    PairClassifier,
+    TokenizedPair,
+    copied_backbone,
+    fit,
+    label_probabilities,
+    loaded_backbone,
+)
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Candidate, Group, Pair
+from .online.candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
 
 
@@ -264,10 +268,7 @@ class UpoDPOTrainer(PreferenceTrainer):
         """The dataset's own pairs, by row; none if it holds prompts only."""
         if not {"chosen", "rejected"} <= set(self.train_dataset.column_names):
             return {}
-        prepared = DPOTrainer._prepare_dataset(
-            self, self.train_dataset, self.processing_class, self.args, "labeled pairs"
-        )
-        return dict(enumerate(tokenized(prepared)))
+        return dict(enumerate(tokenized(self.tokenize_pairs(self.train_dataset, "labeled pairs"))))
 
     def _upo_originals(self, pairs: list[Pair], labeled: dict[int, TokenizedPair]) -> list[Pair]:
         """Labeled pairs of some of the prompts that have sampled ones."""
@@ -330,36 +331,17 @@ class UpoDPOTrainer(PreferenceTrainer):
         size = args.upo_estimator_batch_size
         with torch.random.fork_rng():
             torch.manual_seed(self.round_random("upo").getrandbits(48))
-            backbone, read = self._upo_backbone()
+            if args.upo_estimator is None:
+                backbone, read = copied_backbone(self.accelerator.unwrap_model(self.model)), TokenizedPair
+            else:
+                backbone, read = loaded_backbone(args.upo_estimator, self.tokenizer)
             classifier = PairClassifier(backbone.to(self.accelerator.device), args.upo_dropout)
-            labeled, pairs = list(map(read, labeled)), list(map(read, pairs))
+            labeled, pairs = [read(*pair) for pair in labeled], [read(*pair) for pair in pairs]
             loss = fit(classifier, labeled, args.upo_estimator_epochs, args.upo_estimator_learning_rate, size)
             # What this rank finds, kernels that do not add in a fixed order may find otherwise elsewhere
             found = [label_probabilities(classifier, pairs, args.upo_mc_passes, size), loss]
         broadcast_object_list(found)
         return tuple(found)
-
-    def _upo_backbone(self) -> tuple[PreTrainedModel, Callable[[TokenizedPair], TokenizedPair]]:
-        """A model to make an estimator of, and how pairs are read with its vocabulary."""
-        name = self.args.upo_estimator
-        if name is None:
-            policy = self.accelerator.unwrap_model(self.model)
-            policy = policy.get_base_model() if is_peft_model(policy) else policy
-            backbone = AutoModel.from_config(policy.config, dtype=torch.float32)
-            # Adapters wrap the layers that they act on
-            weights = policy.base_model.state_dict()
-            kept = {key.replace(".base_layer", ""): value for key, value in weights.items() if "lora_" not in key}
-            backbone.load_state_dict(kept)
-            return backbone, lambda pair: pair
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-
-        def read(pair: TokenizedPair) -> TokenizedPair:
-            texts = self._tokenizer.batch_decode(list(pair), skip_special_tokens=True)
-            prompt, chosen, rejected = tokenizer(texts, add_special_tokens=False)["input_ids"]
-            return TokenizedPair(prompt, [*chosen, end], [*rejected, end])
-
-        return AutoModel.from_pretrained(name, dtype=torch.float32), read
 
     # --- The step -----------------------------------------------------------------------------------------------
 
@@ -389,8 +371,7 @@ class UpoDPOTrainer(PreferenceTrainer):
             return terms
         logps, _ = record.per_token_logps.chunk(2)
         mask, _ = record.shift_completion_mask.chunk(2)
-        nll = sequence_nll(logps, mask, per_token=True)
-        return [*terms, LossTerm("upo_nll", nll, coef=self.args.upo_nll_coef)]
+        return [*terms, LossTerm("upo_nll", sequence_nll(logps, mask, per_token=True), coef=self.args.upo_nll_coef)]
 
 
 def tokenized(dataset: Dataset) -> list[TokenizedPair]:

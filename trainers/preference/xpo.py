@@ -11,7 +11,7 @@ from ...losses.preference.xpo import explored_logps, scheduled
 from ...losses.terms import LossTerm
 from ...models.tokenization import stack_sequences
 from .base import PreferenceConfig, PreferenceTrainer
-from .candidates import Candidate, Group, Pair
+from .online.candidates import Candidate, Group, Pair
 from .record import PreferenceRecord
 
 
@@ -186,9 +186,7 @@ class XpoDPOTrainer(PreferenceTrainer):
         batch["xpo_explored"] = torch.tensor([row.get("xpo_explored", 0) for row in examples])
         if self._scores_besides:
             rows = [[(row["prompt_ids"], row.get("xpo_ids", []))] for row in examples]
-            parts = stack_sequences(
-                rows, self._tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode
-            )
+            parts = stack_sequences(rows, self.tokenizer.pad_token_id, self.args.max_length, self.args.truncation_mode)
             batch |= dict(zip(_SEQUENCES, [part[:, 0] for part in parts], strict=True))
         return batch
 
