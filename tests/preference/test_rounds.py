@@ -439,7 +439,8 @@ def test_extras_of_pairs_are_columns():
 
 def test_a_method_changes_a_stage(tiny_path, tokenizer, tmp_path):
     class Half(PreferenceTrainer):
-        method = Method("half", "", extends=("select_pairs", "prepare", "collate", "pair_weights"))
+        method = Method("half", family="preference")
+        extends = {stage: {} for stage in ("select_pairs", "prepare", "collate", "pair_weights")}
         config_class = PreferenceConfig
         _name, _tag_names, _paper = "H", ["trl"], {"title": "", "id": "", "citation": ""}
 

@@ -175,17 +175,23 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
     # --- What the methods need ----------------------------------------------------------------------------------
 
     def acting_on_loss(self) -> list[str]:
-        """Methods, and functions of the user, that act in a stage of the loss under the present config."""
+        """Methods, the user's functions and classes without a method that act in a stage of the loss at present."""
+        classes, owners = type(self).__mro__, self.owners()
         names = [name for stage in LOSS_STAGES for name in self.names_acting(stage, self.args)]
-        names += [user.name for function, user in self.user_stages.items() if self.stage_of(function) in LOSS_STAGES]
+        names += [user.name for stage, user in self.user_stages.items() if stage in LOSS_STAGES]
+        names += [
+            cls.__name__
+            for cls in classes[: classes.index(SupervisedTrainer)]
+            if cls not in owners and not cls.__dict__.keys().isdisjoint(LOSS_STAGES)
+        ]
         return list(dict.fromkeys(names))
 
     def reads(self, *fields: str) -> bool:
-        """Whether a method reads one of these fields of a record under the present config, as its `needs` says."""
+        """Whether somebody reads one of these fields of a record under the present config, as `needs` says."""
         return any(
-            field in owner.needs and not is_off(owner.needs[field], self.args)
-            for owner in self.owners()
-            for field in fields
+            field in fields and not is_off(off, self.args)
+            for cls in type(self).__mro__
+            for field, off in cls.__dict__.get("needs", {}).items()
         )
 
     # --- Stages -------------------------------------------------------------------------------------------------
