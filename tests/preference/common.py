@@ -41,7 +41,7 @@ def warmed(tiny_path: str, tokenizer, texts: list[str], steps: int = 80):
 
 def make_trainer(cls, tiny_path, tokenizer, output_dir, model=None, ref_model=None, dataset=None, **overrides):
     """Trainer of class `cls`, the reference being the tiny model and the policy a perturbed copy of it."""
-    passed = ("peft_config", "eval_dataset", "reward_funcs", "judge")
+    passed = ("peft_config", "eval_dataset", "reward_funcs", "judge", "stages")
     trainer_kwargs = {k: overrides.pop(k) for k in passed if k in overrides}
     options = {
         "output_dir": str(output_dir),

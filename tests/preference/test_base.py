@@ -281,7 +281,8 @@ def test_weighting_works_with_every_pair_loss(tiny_path, tokenizer, tmp_path):
 class Columned(PreferenceTrainer):
     """Weighs a pair by a column, which is made from another, and says how likely its label is wrong."""
 
-    method = Method("columned", "", extends=("prepare", "collate", "smoothing", "pair_weights"))
+    method = Method("columned", family="preference")
+    extends = {stage: {} for stage in ("prepare", "collate", "smoothing", "pair_weights")}
     config_class = PreferenceConfig
     _name, _tag_names, _paper = "C", ["trl"], {"title": "", "id": "", "citation": ""}
 

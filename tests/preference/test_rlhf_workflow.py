@@ -201,14 +201,14 @@ def test_smoothing_is_conservative_dpo(tiny_path, tokenizer, tmp_path):
     torch.testing.assert_close(gradients, by_hand, rtol=1e-4, atol=1e-6)
 
 
-def test_two_reasons_to_smooth_are_independent(tiny_path, tokenizer, tmp_path, monkeypatch):
-    trainer = make(tiny_path, tokenizer, tmp_path, rlhf_label_smoothing=0.1)
+def test_two_reasons_to_smooth_are_independent(tiny_path, tokenizer, tmp_path):
+    stages = {"smoothing": lambda record: torch.tensor([0.0, 0.5, 1.0])}
+    trainer = make(tiny_path, tokenizer, tmp_path, rlhf_label_smoothing=0.1, stages=stages)
     record = trainer.statistics(trainer.model, trainer._prepare_inputs(batch_of_pairs(trainer)))
-    monkeypatch.setattr(PreferenceTrainer, "smoothing", lambda self, record: torch.tensor([0.0, 0.5, 1.0]))
     assert trainer.smoothing(record).tolist() == pytest.approx([0.1, 0.5, 0.9])
     trainer.args.rlhf_label_smoothing = 0.0
     assert trainer.smoothing(record).tolist() == [0.0, 0.5, 1.0]
-    monkeypatch.undo()
+    trainer.user_stages.clear()
     assert trainer.smoothing(record) is None
 
 

@@ -15,7 +15,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, TrainerCallback
 
-from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
+from papertrl import DriftDPOTrainer, HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
 from papertrl.core.declaration import Method
 from papertrl.models.tiny import tiny_tokenizer
 from papertrl.trainers.preference.base import PreferenceConfig
@@ -384,6 +384,14 @@ def test_candidates_come_from_where_they_say(tiny_path, tokenizer, tmp_path):
         assert row["completions"] == expected
 
 
+@pytest.mark.parametrize("trainer_class", [PreferenceTrainer, DriftDPOTrainer], ids=lambda c: c.__name__)
+def test_nobody_judges_without_the_loop(trainer_class, tmp_path):
+    args = trainer_class.config_class(str(tmp_path), online_iterations=0)
+    assert not trainer_class.needs_scores(args) and trainer_class.dataset_formats(args) == ("pairs",)
+    args.online_iterations = 1
+    assert trainer_class.needs_scores(args) == (trainer_class is PreferenceTrainer)
+
+
 def test_bad_input_is_refused_before_anything_runs(tiny_path, tokenizer, tmp_path):
     prompts = Dataset.from_dict({"prompt": PROMPTS})
 
@@ -434,7 +442,8 @@ def test_extras_of_pairs_are_columns():
 
 def test_a_method_changes_a_stage(tiny_path, tokenizer, tmp_path):
     class Half(PreferenceTrainer):
-        method = Method("half", "", extends=("select_pairs", "prepare", "collate", "pair_weights"))
+        method = Method("half", family="preference")
+        extends = {stage: {} for stage in ("select_pairs", "prepare", "collate", "pair_weights")}
         config_class = PreferenceConfig
         _name, _tag_names, _paper = "H", ["trl"], {"title": "", "id": "", "citation": ""}
 

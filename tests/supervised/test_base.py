@@ -7,6 +7,7 @@ from trl import SFTConfig, SFTTrainer
 from papertrl import AsftSFTConfig, AsftSFTTrainer, SupervisedConfig, SupervisedTrainer, compose
 from papertrl.core.declaration import Method
 from papertrl.losses.terms import LossTerm
+from papertrl.trainers.supervised.base import LOSS_STAGES
 from papertrl.trainers.supervised.record import SupervisedRecord
 
 from .helpers import (
@@ -30,23 +31,19 @@ LIKELY = -4.5
 class StagedTrainer(SupervisedTrainer):
     """Runs every stage and observes the hidden states, but changes nothing."""
 
-    def needs_stages(self):
-        return True
-
-    def needs_logits(self):
-        return True
+    method = Method("staged", family="supervised")
+    extends = {stage: {} for stage in LOSS_STAGES}
+    needs = {"policy": {}}
 
 
 class HalvedTrainer(SupervisedTrainer):
     """A method of these tests: halves odd examples, and adds a term on likely tokens."""
 
-    method = Method("halved", "Halves odd examples.", extends=("example_weights", "extra_terms"))
+    method = Method("halved", family="supervised", summary="Halves odd examples.")
+    extends = {"example_weights": {}, "extra_terms": {}}
     _tag_names = ["halved"]
     _name = "Halved"
     _paper = {"title": "Halves", "id": "0000.00000", "citation": "@misc{halves}"}
-
-    def needs_stages(self):
-        return True
 
     def example_weights(self, record):
         halves = 1.0 - 0.5 * (torch.arange(record.num_examples) % 2)
@@ -187,6 +184,68 @@ class TestStages:
         trainer = make(PerRow, SupervisedConfig, tokenizer, tmp_path)
         with pytest.raises(ValueError, match="'rows' must have one value per token"):
             loss_and_gradients(trainer)
+
+
+class TestWhoActs:
+    def test_nobody_by_itself_nor_in_a_stage_of_the_step(self, tokenizer, tmp_path):
+        trainer = make(
+            SupervisedTrainer,
+            SupervisedConfig,
+            tokenizer,
+            tmp_path,
+            trainer_kwargs={"stages": {"after_backward": lambda: None}},
+        )
+        assert trainer.acting_on_loss() == []
+
+    def test_a_function_of_the_user_and_a_class_without_a_method(self, tokenizer, tmp_path):
+        class Doubled(SupervisedTrainer):
+            def token_loss(self, record):
+                return 2 * super().token_loss(record)
+
+        def doubled(default):
+            return 2 * default
+
+        plain = make(SupervisedTrainer, SupervisedConfig, tokenizer, tmp_path)
+        ours = make(Doubled, SupervisedConfig, tokenizer, tmp_path)
+        theirs = make(
+            SupervisedTrainer,
+            SupervisedConfig,
+            tokenizer,
+            tmp_path,
+            trainer_kwargs={"stages": {"token_loss": doubled}},
+        )
+        assert ours.acting_on_loss() == ["Doubled"] and theirs.acting_on_loss()[0].endswith("doubled")
+        _, gradients = loss_and_gradients(plain)
+        for trainer in (ours, theirs):
+            _, found = loss_and_gradients(trainer)
+            assert_equal(found, {name: 2 * gradient for name, gradient in gradients.items()})
+
+    @pytest.mark.parametrize("coef", [0.0, 0.5])
+    def test_fields_on_demand_follow_the_settings(self, coef, tokenizer, tmp_path):
+        trainer = make(AsftSFTTrainer, AsftSFTConfig, tokenizer, tmp_path, asft_anchor_coef=coef)
+        assert trainer.reads("policy") == trainer.reads("reference", "ref_log_probs") == (coef > 0)
+        assert not trainer.reads("ref_log_probs") and trainer.acting_on_loss() == ["asft"]
+
+    def test_unknown_field_is_refused(self):
+        with pytest.raises(TypeError, match=r"`Odd.needs` names \['logits'\], but .*'policy', 'reference'"):
+
+            class Odd(SupervisedTrainer):
+                needs = {"logits": {}}
+
+    def test_examples_of_a_step_are_counted_over_its_micro_batches(self, tokenizer, tmp_path):
+        class Counting(RecordingTrainer):
+            needs = {"labels_per_example": {}}
+
+        data = sums(8)
+        trainer = make(
+            Counting, SupervisedConfig, tokenizer, tmp_path, data=data, max_steps=1, per_device_train_batch_size=2,
+            gradient_accumulation_steps=4, trainer_kwargs={"eval_dataset": data},
+        )  # fmt: skip
+        trainer.train()
+        trainer.evaluate()
+        labels = sum(int(record.label_mask.sum()) for record, _ in trainer.records[:4])
+        assert [record.labels_per_example for record, _ in trainer.records[:4]] == [pytest.approx(labels / 8)] * 4
+        assert {record.labels_per_example for record, _ in trainer.records[4:]} == {None}
 
 
 class TestRecord:

@@ -134,7 +134,11 @@ class DriftDPOTrainer(PreferenceTrainer):
 
     config_class = DriftDPOConfig
     method = declared("drift")
-    extends = {"columns": {}, "judge": {}, "extra_terms": {}}
+    extends = {
+        "columns": {"online_iterations": 0},
+        "judge": {"online_iterations": 0},
+        "extra_terms": {"drift_nll_coef": 0.0},
+    }
     replaces = {"propose": {"online_iterations": 0}, "pair": {"online_iterations": 0}}
 
     @classmethod
@@ -143,7 +147,7 @@ class DriftDPOTrainer(PreferenceTrainer):
 
     @classmethod
     def dataset_formats(cls, args: Any) -> tuple[str, ...]:
-        return ("feedback",) if args.online_iterations > 0 else super().dataset_formats(args)
+        return ("feedback",)
 
     def check_online(self, dataset, reward_funcs, judge):
         super().check_online(dataset, reward_funcs, judge)
@@ -182,8 +186,6 @@ class DriftDPOTrainer(PreferenceTrainer):
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)
-        if self.args.drift_nll_coef == 0:
-            return terms
         logps, _ = record.per_token_logps.chunk(2)
         mask, _ = record.shift_completion_mask.chunk(2)
         return [*terms, LossTerm("drift_nll", -logps, mask=mask, coef=self.args.drift_nll_coef)]

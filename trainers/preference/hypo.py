@@ -137,7 +137,10 @@ class HypoDPOTrainer(PreferenceTrainer):
 
     config_class = HypoDPOConfig
     method = declared("hypo")
-    extends = {"sample": {}, "extra_terms": {}}
+    extends = {
+        "sample": {"hypo_kl_coef": 0.0},
+        "extra_terms": {"hypo_kl_coef": 0.0},
+    }
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
@@ -154,8 +157,7 @@ class HypoDPOTrainer(PreferenceTrainer):
     def sample(self, inputs: dict[str, Any]) -> dict[str, SampledCompletions]:
         samples = super().sample(inputs)
         args = self.args
-        acts = args.hypo_kl_coef > 0 and self.model.training and self.state.global_step % args.hypo_kl_every == 0
-        if not acts:
+        if not self.model.training or self.state.global_step % args.hypo_kl_every != 0:
             return samples
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask", "completion_mask")}
         half = {name: rows.chunk(2)[0] for name, rows in batch.items()}

@@ -131,7 +131,11 @@ class IrpoDPOTrainer(PreferenceTrainer):
 
     config_class = IrpoDPOConfig
     method = declared("irpo")
-    extends = {"columns": {}, "prepare": {}, "collate": {}}
+    extends = {
+        "columns": {"irpo_weighting": "none"},
+        "prepare": {"irpo_weighting": "none"},
+        "collate": {"irpo_weighting": "none"},
+    }
     replaces = {
         "statistics": {"irpo_weighting": "none"},
         "scores": {"irpo_weighting": "none"},
@@ -143,7 +147,7 @@ class IrpoDPOTrainer(PreferenceTrainer):
     @classmethod
     def dataset_formats(cls, args: Any) -> tuple[str, ...]:
         formats = super().dataset_formats(args)
-        return ("rankings", *formats) if args.irpo_weighting != "none" and args.online_iterations == 0 else formats
+        return ("rankings", *formats) if args.online_iterations == 0 else formats
 
     def as_pairs(self, dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
         dataset = super().as_pairs(dataset)
@@ -152,8 +156,6 @@ class IrpoDPOTrainer(PreferenceTrainer):
 
     def prepare(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         dataset = super().prepare(dataset, name)
-        if self.args.irpo_weighting == "none":
-            return dataset
         options = {
             "tokenizer": self.tokenizer,
             "layout": self.args.irpo_layout,
@@ -163,12 +165,10 @@ class IrpoDPOTrainer(PreferenceTrainer):
         return dataset.map(tokenize_list, fn_kwargs=options)
 
     def carried(self) -> list[str]:
-        return [*super().carried(), *(_COLUMNS if self.args.irpo_weighting != "none" else ())]
+        return [*super().carried(), *_COLUMNS]
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         extras = super().collate(examples)
-        if self.args.irpo_weighting == "none":
-            return extras
         input_ids, attention_mask, item_index = stack_sequences(
             [[(row["irpo_prompt_ids"], ids) for ids in row["irpo_completion_ids"]] for row in examples],
             self.tokenizer.pad_token_id,
@@ -189,8 +189,6 @@ class IrpoDPOTrainer(PreferenceTrainer):
     # --- The step -----------------------------------------------------------------------------------------------
 
     def statistics(self, model: torch.nn.Module, inputs: dict[str, Any]) -> PreferenceRecord:
-        if self.args.irpo_weighting == "none":
-            return super().statistics(model, inputs)
         extras = inputs["extras"]
         per_token, aux_loss = self._score_lists(model, extras)
         tokens, ranks = extras["irpo_item_index"][:, :, 1:].flatten(1), extras["irpo_ranks"]
@@ -257,8 +255,6 @@ class IrpoDPOTrainer(PreferenceTrainer):
         }
 
     def scores(self, record: PreferenceRecord) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.args.irpo_weighting == "none":
-            return super().scores(record)
         chosen, rejected = record.extras["irpo_log_ratios"].gather(1, record.extras["irpo_ends"]).unbind(1)
         return chosen, rejected
 
@@ -269,8 +265,6 @@ class IrpoDPOTrainer(PreferenceTrainer):
         rejected_scores: torch.Tensor,
         margin: torch.Tensor,
     ) -> list[LossTerm]:
-        if self.args.irpo_weighting == "none":
-            return super().pair_losses(record, chosen_scores, rejected_scores, margin)
         extras = record.extras
         ranks, present = extras["irpo_ranks"], extras["irpo_present"]
         weights = item_weights(extras["irpo_relevance"], ranks, present, self.args.irpo_weighting)

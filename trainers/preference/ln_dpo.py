@@ -38,8 +38,8 @@ class LnDPOConfig(PreferenceConfig):
         refused = [name for name in self.loss_type if name not in _NORMALIZABLE]
         if self.ln_dpo_length_norm_power and refused:
             raise ValueError(
-                f"`ln_dpo_length_norm_power={self.ln_dpo_length_norm_power}` needs `loss_type`s that are functions of the margin, "
-                f"{_NORMALIZABLE}, got {refused}. Choose among these, or set `ln_dpo_length_norm_power=0`."
+                f"`ln_dpo_length_norm_power={self.ln_dpo_length_norm_power}` needs `loss_type`s that are functions of "
+                f"the margin, {_NORMALIZABLE}, got {refused}. Choose among these, or set `ln_dpo_length_norm_power=0`."
             )
 
 
@@ -92,12 +92,10 @@ class LnDPOTrainer(PreferenceTrainer):
 
     config_class = LnDPOConfig
     method = declared("ln_dpo")
-    extends = {"scores": {}}
+    extends = {"scores": {"ln_dpo_length_norm_power": 0.0}}
 
     def scores(self, record: PreferenceRecord) -> tuple[torch.Tensor, torch.Tensor]:
         chosen, rejected = super().scores(record)
-        if self.args.ln_dpo_length_norm_power == 0:
-            return chosen, rejected
         divisor = length_divisor(record.lengths, self.args.ln_dpo_length_norm_power)
         chosen_divisor, rejected_divisor = divisor.chunk(2)
         self.log_mean("length_norm/divisor", divisor.sum(), divisor.new_tensor(len(divisor)))

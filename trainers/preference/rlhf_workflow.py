@@ -137,7 +137,7 @@ class RlhfWorkflowDPOTrainer(PreferenceTrainer):
 
     config_class = RlhfWorkflowDPOConfig
     method = declared("rlhf_workflow")
-    extends = {"smoothing": {}}
+    extends = {"smoothing": {"rlhf_label_smoothing": 0.0}}
     replaces = {"pair": {"online_iterations": 0}}
 
     def pair(self, groups: list[Group]) -> list[Pair]:
@@ -163,7 +163,5 @@ class RlhfWorkflowDPOTrainer(PreferenceTrainer):
         return pairs
 
     def smoothing(self, record: PreferenceRecord) -> torch.Tensor | None:
-        others, flip = super().smoothing(record), self.args.rlhf_label_smoothing
-        if flip == 0:
-            return others
-        return either_wrong(others, record.logps.new_full((len(record.logps) // 2,), flip))
+        flip = record.logps.new_full((len(record.logps) // 2,), self.args.rlhf_label_smoothing)
+        return either_wrong(super().smoothing(record), flip)

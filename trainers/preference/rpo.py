@@ -89,14 +89,18 @@ class RpoDPOTrainer(PreferenceTrainer):
 
     config_class = RpoDPOConfig
     method = declared("rpo")
-    extends = {"extra_terms": {}}
+    extends = {
+        "extra_terms": (
+            {"rpo_aggregation": "cumulative", "rpo_eta": 0.0},
+            {"rpo_aggregation": "sequence_mean", "rpo_coef": 0.0},
+            {"rpo_aggregation": "token_mean", "rpo_coef": 0.0},
+        )
+    }
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)
         aggregation = self.args.rpo_aggregation
         coef = self.args.rpo_eta * self.beta if aggregation == "cumulative" else self.args.rpo_coef
-        if coef == 0:
-            return terms
         logps, _ = record.per_token_logps.chunk(2)
         mask, _ = record.shift_completion_mask.chunk(2)
         if aggregation == "token_mean":

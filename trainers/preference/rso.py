@@ -152,11 +152,14 @@ class RsoDPOTrainer(PreferenceTrainer):
 
     config_class = RsoDPOConfig
     method = declared("rso")
-    extends = {"scores": {}}
-    replaces = {"judge": {"rso_pairing": "none"}, "pair": {"rso_pairing": "none"}}
+    extends = {"scores": {"rso_normalized": True}}
+    replaces = {
+        "judge": ({"online_iterations": 0}, {"rso_pairing": "none"}),
+        "pair": ({"online_iterations": 0}, {"rso_pairing": "none"}),
+    }
 
     def judge(self, groups: list[Group]) -> None:
-        if self.judge_func is None or self.args.rso_pairing == "none":
+        if self.judge_func is None:
             super().judge(groups)
             return
         members = [(group, candidate) for group in groups for candidate in group.candidates]
@@ -174,8 +177,6 @@ class RsoDPOTrainer(PreferenceTrainer):
             candidate.score = point_reward(probability)
 
     def pair(self, groups: list[Group]) -> list[Pair]:
-        if self.args.rso_pairing == "none":
-            return super().pair(groups)
         left = self._accepted_candidates(groups)
         pairs = []
         while any(len(players) > 1 for players in left):
@@ -244,7 +245,5 @@ class RsoDPOTrainer(PreferenceTrainer):
         return answer[0]
 
     def scores(self, record: PreferenceRecord) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.args.rso_normalized:
-            # As under a reference that finds all completions alike
-            record = replace(record, ref_logps=torch.zeros_like(record.ref_logps))
-        return super().scores(record)
+        # As under a reference that finds all completions alike
+        return super().scores(replace(record, ref_logps=torch.zeros_like(record.ref_logps)))

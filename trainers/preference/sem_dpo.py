@@ -111,19 +111,21 @@ class SemDPOTrainer(PreferenceTrainer):
 
     config_class = SemDPOConfig
     method = declared("sem_dpo")
-    extends = {"prepare": {}, "collate": {}, "pair_weights": {}}
+    extends = {
+        "prepare": {"sem_alpha": 0.0},
+        "collate": {"sem_alpha": 0.0},
+        "pair_weights": {"sem_alpha": 0.0},
+    }
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, sem_encoder: Encoder | None = None, **trl_kwargs):
         self._sem_encoder = sem_encoder
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
 
     def carried(self) -> list[str]:
-        return [*super().carried(), "sem_distance"] if self.args.sem_alpha else super().carried()
+        return [*super().carried(), "sem_distance"]
 
     def prepare(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         dataset = super().prepare(dataset, name)
-        if self.args.sem_alpha == 0:
-            return dataset
         if "sem_distance" in get_dataset_column_names(dataset):
             return dataset.map(check_distances, with_indices=True, batched=True, fn_kwargs={"name": name})
         encoder = self._sem_encoder or self.args.sem_encoder
@@ -133,15 +135,11 @@ class SemDPOTrainer(PreferenceTrainer):
         return dataset.map(add_distances, batched=True, fn_kwargs={"encoder": encoder, "special_tokens": special})
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        extras = super().collate(examples)
-        if self.args.sem_alpha == 0:
-            return extras
-        return {**extras, "sem_distance": torch.tensor([row["sem_distance"] for row in examples])}
+        distances = torch.tensor([row["sem_distance"] for row in examples])
+        return {**super().collate(examples), "sem_distance": distances}
 
     def pair_weights(self, record: PreferenceRecord) -> torch.Tensor | None:
         weights = super().pair_weights(record)
-        if self.args.sem_alpha == 0:
-            return weights
         distances = record.extras["sem_distance"]
         own = semantic_weights(distances, self.args.sem_alpha)
         everywhere = self.accelerator.gather(torch.stack([own, distances], dim=1))

@@ -122,15 +122,17 @@ class SrpoDPOTrainer(PreferenceTrainer):
 
     config_class = SrpoDPOConfig
     method = declared("srpo")
-    extends = {"prepare": {}, "collate": {}, "statistics": {}}
+    extends = {
+        "prepare": {"srpo_alpha": None},
+        "collate": {"srpo_alpha": None},
+        "statistics": {"srpo_alpha": None},
+    }
     replaces = {"pair_losses": {"srpo_alpha": None}}
 
     # --- Rows ---------------------------------------------------------------------------------------------------
 
     def prepare(self, dataset: Dataset | IterableDataset, name: str) -> Dataset | IterableDataset:
         dataset = super().prepare(dataset, name)
-        if self.args.srpo_alpha is None:
-            return dataset
         options = {
             "tokenizer": self.tokenizer,
             "template": self.args.srpo_revision_template,
@@ -140,12 +142,10 @@ class SrpoDPOTrainer(PreferenceTrainer):
 
     def carried(self) -> list[str]:
         columns = ("prompt_ids", "chosen_ids", "rejected_ids", "srpo_after_chosen_ids", "srpo_after_rejected_ids")
-        return [*super().carried(), *(columns if self.args.srpo_alpha is not None else ())]
+        return [*super().carried(), *columns]
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         extras = super().collate(examples)
-        if self.args.srpo_alpha is None:
-            return extras
         rows = [
             [(example[f"srpo_after_{before}_ids"], example[f"{answer}_ids"]) for before, answer in _SEQUENCES]
             for example in examples
@@ -157,8 +157,6 @@ class SrpoDPOTrainer(PreferenceTrainer):
 
     def statistics(self, model: torch.nn.Module, inputs: dict[str, Any]) -> PreferenceRecord:
         record = super().statistics(model, inputs)
-        if self.args.srpo_alpha is None:
-            return record
         sequences = [record.extras[name].flatten(0, 1) for name in _TENSORS]
         logps = self.score_sequences(model, *sequences).sum(1)
         ref_logps = self.score_sequences(model, *sequences, role="reference").sum(1)
@@ -173,8 +171,6 @@ class SrpoDPOTrainer(PreferenceTrainer):
         margin: torch.Tensor,
     ) -> list[LossTerm]:
         alpha = self.args.srpo_alpha
-        if alpha is None:
-            return super().pair_losses(record, chosen_scores, rejected_scores, margin)
         log_ratios = record.extras["srpo_log_ratios"]
         if record.exchanged:
             log_ratios = log_ratios.flip(1)

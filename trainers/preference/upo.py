@@ -197,8 +197,13 @@ class UpoDPOTrainer(PreferenceTrainer):
 
     config_class = UpoDPOConfig
     method = declared("upo")
-    extends = {"select_pairs": {}, "collate": {}, "smoothing": {}, "extra_terms": {}}
-    replaces = {"pair": {"upo_pairing": "none"}}
+    extends = {
+        "select_pairs": ({"online_iterations": 0}, {"upo_mc_passes": 0}),
+        "collate": {"upo_mc_passes": 0},
+        "smoothing": {"upo_mc_passes": 0},
+        "extra_terms": {"upo_nll_coef": 0.0},
+    }
+    replaces = {"pair": ({"online_iterations": 0}, {"upo_pairing": "none"})}
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, ref_model, args, *trl_args, **trl_kwargs)
@@ -231,8 +236,6 @@ class UpoDPOTrainer(PreferenceTrainer):
     # --- Rounds -------------------------------------------------------------------------------------------------
 
     def pair(self, groups: list[Group]) -> list[Pair]:
-        if self.args.upo_pairing == "none":
-            return super().pair(groups)
         pairs = []
         for group in groups:
             scored = group.scored()
@@ -241,8 +244,6 @@ class UpoDPOTrainer(PreferenceTrainer):
         return pairs
 
     def select_pairs(self, pairs: list[Pair]) -> list[Pair]:
-        if self.args.upo_mc_passes == 0:
-            return super().select_pairs(pairs)
         labeled = self._upo_labeled()
         # Through the hands of other methods as well, as all pairs must have the same columns
         originals = self._upo_originals(pairs, labeled)
@@ -346,29 +347,22 @@ class UpoDPOTrainer(PreferenceTrainer):
     # --- The step -----------------------------------------------------------------------------------------------
 
     def carried(self) -> list[str]:
-        return [*super().carried(), "upo_alpha"] if self.args.upo_mc_passes else super().carried()
+        return [*super().carried(), "upo_alpha"]
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        extras = super().collate(examples)
-        if self.args.upo_mc_passes == 0:
-            return extras
         # Pairs to evaluate on are taken as they are labeled
-        return {**extras, "upo_alpha": torch.tensor([example.get("upo_alpha", 0.0) for example in examples])}
+        alpha = torch.tensor([example.get("upo_alpha", 0.0) for example in examples])
+        return {**super().collate(examples), "upo_alpha": alpha}
 
     def smoothing(self, record: PreferenceRecord) -> torch.Tensor | None:
-        others = super().smoothing(record)
-        alpha = record.extras.get("upo_alpha")
-        if alpha is None:
-            return others
+        alpha = record.extras["upo_alpha"]
         self.log_mean("upo/alpha", alpha.sum(), alpha.new_tensor(len(alpha)))
         for name, value in self._upo_summary.items():
             self.log_metric(f"upo/{name}", value)
-        return either_wrong(others, alpha)
+        return either_wrong(super().smoothing(record), alpha)
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)
-        if self.args.upo_nll_coef == 0:
-            return terms
         logps, _ = record.per_token_logps.chunk(2)
         mask, _ = record.shift_completion_mask.chunk(2)
         return [*terms, LossTerm("upo_nll", sequence_nll(logps, mask, per_token=True), coef=self.args.upo_nll_coef)]

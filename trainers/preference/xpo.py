@@ -119,7 +119,13 @@ class XpoDPOTrainer(PreferenceTrainer):
 
     config_class = XpoDPOConfig
     method = declared("xpo")
-    extends = {"propose": {}, "pair": {}, "select_pairs": {}, "collate": {}, "extra_terms": {}}
+    extends = {
+        "propose": {"online_iterations": 0},
+        "pair": {"online_iterations": 0},
+        "select_pairs": {"online_iterations": 0},
+        "collate": {"online_iterations": 0},
+        "extra_terms": {"online_iterations": 0},
+    }
 
     def check_online(self, dataset: Any, *judges: Any) -> None:
         super().check_online(dataset, *judges)
@@ -175,13 +181,10 @@ class XpoDPOTrainer(PreferenceTrainer):
     # --- The step -----------------------------------------------------------------------------------------------
 
     def carried(self) -> list[str]:
-        names = ["xpo_explored", "xpo_ids"] if self._scores_besides else ["xpo_explored"]
-        return super().carried() + (names if self.args.online_iterations > 0 else [])
+        return [*super().carried(), "xpo_explored", *(["xpo_ids"] if self._scores_besides else [])]
 
     def collate(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         batch = super().collate(examples)
-        if self.args.online_iterations == 0:
-            return batch
         # Rows to evaluate on come from no round
         batch["xpo_explored"] = torch.tensor([row.get("xpo_explored", 0) for row in examples])
         if self._scores_besides:
@@ -193,7 +196,7 @@ class XpoDPOTrainer(PreferenceTrainer):
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)
         alpha = scheduled(self.args.xpo_alpha, self.iteration)
-        if self.args.online_iterations == 0 or alpha == 0 or not self.model.training:
+        if alpha == 0 or not self.model.training:
             return terms
         if self._scores_besides:
             sequences = [record.extras[name] for name in _SEQUENCES]

@@ -50,8 +50,8 @@ class AsftSFTConfig(SupervisedConfig):
         super().validate()
         if self.loss_type == "dft" and self.asft_dft_weight_power > 0:
             raise ValueError(
-                f"`loss_type='dft'` and `asft_dft_weight_power={self.asft_dft_weight_power!r}` would weigh each token by its "
-                "probability twice. Set `loss_type='nll'` (the default), or `asft_dft_weight_power=0`."
+                f"`loss_type='dft'` and `asft_dft_weight_power={self.asft_dft_weight_power!r}` would weigh each token "
+                "by its probability twice. Set `loss_type='nll'` (the default), or `asft_dft_weight_power=0`."
             )
 
 
@@ -68,9 +68,9 @@ class AsftSFTTrainer(SupervisedTrainer):
     tokens, but nothing holds the model back; the anchor does. The divergence is over the full vocabulary, on the label
     tokens of the demonstrations, and not multiplied by the weight.
 
-    Parameters: `asft_anchor_coef` is λ (0.1), `asft_anchor_direction` the order of the KL's arguments, `asft_dft_weight_power` is a
-    (1); see [`AsftSFTConfig`]. `a = 1, λ = 0` is DFT, `a = 0, λ > 0` is SFT with KL, `a = 0, λ = 0` is
-    [`~trl.SFTTrainer`].
+    Parameters: `asft_anchor_coef` is λ (0.1), `asft_anchor_direction` the order of the KL's arguments,
+    `asft_dft_weight_power` is a (1); see [`AsftSFTConfig`]. `a = 1, λ = 0` is DFT, `a = 0, λ > 0` is SFT with KL,
+    `a = 0, λ = 0` is [`~trl.SFTTrainer`].
 
     The initial model is what is passed as `model`: a frozen copy is made of it, or, with PEFT, the adapter is switched
     off (an adapter that `model` came with is copied as `"ref"` instead). To resume, pass the same initial model.
@@ -80,7 +80,8 @@ class AsftSFTTrainer(SupervisedTrainer):
     (share of labels with \\( p_t(y_t) < 0.01 \\), which the DFT weight all but ignores).
 
     Relations:
-        - [`~trl.SFTTrainer`] with `loss_type="dft"` is the case `asft_anchor_coef=0`. Prefer it where drift does no harm.
+        - [`~trl.SFTTrainer`] with `loss_type="dft"` is the case `asft_anchor_coef=0`. Prefer it where drift does no
+          harm.
         - [`~trl.SFTTrainer`] learns from rare tokens fastest. Prefer it for clean data that is new to the model: a
           label of probability near 0 teaches ASFT nothing.
 
@@ -109,13 +110,12 @@ class AsftSFTTrainer(SupervisedTrainer):
 
     config_class = AsftSFTConfig
     method = declared("asft")
-    extends = {"token_weights": {}, "extra_terms": {}}
-
-    def needs_stages(self) -> bool:
-        return super().needs_stages() or self.args.asft_anchor_coef > 0 or self.args.asft_dft_weight_power > 0
-
-    def needs_reference(self) -> bool:
-        return super().needs_reference() or self.args.asft_anchor_coef > 0
+    extends = {
+        # Weighs, and logs what the weights are made of
+        "token_weights": {"asft_anchor_coef": 0.0, "asft_dft_weight_power": 0.0},
+        "extra_terms": {"asft_anchor_coef": 0.0},
+    }
+    needs = {"policy": {"asft_anchor_coef": 0.0}, "reference": {"asft_anchor_coef": 0.0}}
 
     def token_weights(self, record: SupervisedRecord) -> torch.Tensor:
         self._log_labels(record)
@@ -123,8 +123,6 @@ class AsftSFTTrainer(SupervisedTrainer):
 
     def extra_terms(self, record: SupervisedRecord) -> list[LossTerm]:
         terms = super().extra_terms(record)
-        if self.args.asft_anchor_coef == 0:
-            return terms
         reverse = self.args.asft_anchor_direction == "reverse"
         divergence = token_kl(record.policy, record.reference, record.label_mask, reverse)
         self.log_mean("asft/kl_to_ref", divergence.sum(), record.label_mask.sum())

@@ -1,9 +1,9 @@
 """The supervised family: TRL's `SFTTrainer` with its loss opened into stages."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import is_peft_model
@@ -15,12 +15,13 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from ...core.configuration import MethodConfigMixin
 from ...core.family import SUPERVISED
+from ...core.stages import Off, is_off
 from ...losses.divergence import LazyLogits
 from ...losses.terms import LossTerm
 from ...models.observation import Pass, backbone, lm_head, observe
 from ..method import MethodTrainer
 from ..reference import as_reference, frozen_copy, keep_adapter
-from .record import SupervisedRecord
+from .record import OPTIONAL_FIELDS, SupervisedRecord
 
 # First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
 PINNED = {
@@ -34,7 +35,10 @@ PINNED = {
     "trl.models.utils.prepare_deepspeed": "86d126e5d92c55d24a93f055b4c21656",
     "trl.models.utils.prepare_fsdp": "80d48284544e7ceb51c094984a8bb375",
     "trl.kernels.chunked_divergence.ChunkedDivergenceFunction": "3920655a8f12b3a4a38258cd412accf4",
+    "transformers.trainer.Trainer.get_batch_samples": "0b3727386f73f67053b12b91e01c6967",
 }
+
+LOSS_STAGES = ("token_loss", "token_weights", "example_weights", "extra_terms")
 
 
 @dataclass
@@ -59,9 +63,10 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
     | [`example_weights`] | \\( v_e \\), ones |
     | [`extra_terms`] | the terms \\( r_k \\) with their coefficients \\( c_k \\), none |
 
-    A method overrides the stages that its paper changes, extends what `super()` returns, and says through
-    [`needs_stages`], [`needs_logits`] and [`needs_reference`] what it needs at its present settings. Each term is
-    logged as `loss/{name}`, its mean per label token without coefficient; the weighted token loss is the term `token`.
+    A method overrides the stages that its paper changes, extends what `super()` returns, and names in `needs` those of
+    the record's fields that are there on demand only, with the config values under which it does not read them, as in
+    `extends`. Each term is logged as `loss/{name}`, its mean per label token without coefficient; the weighted token
+    loss is the term `token`. Where nobody acts in a stage of the loss, it is TRL's own.
 
     Args:
         model (`str`, `~transformers.PreTrainedModel` or `~peft.PeftModel`):
@@ -72,6 +77,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
             As for [`~trl.SFTTrainer`], in its order.
 
     Raises:
+        `TypeError`: at class creation, if `needs` names a field that is no such one.
         `ValueError`: if the dataset is empty or lacks a column, or if an option takes the loss out of the stages that
             a method needs: `compute_loss_func`, `label_smoothing_factor`, `loss_type="dft"`, context or sequence
             parallelism; and, where a reference is needed, prompt-learning adapters or ZeRO-3 without an adapter.
@@ -87,24 +93,28 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         "after_backward": ("after_backward",),
         "before_update": ("before_update",),
     }
-    hooks = (
-        *MethodTrainer.hooks,
-        "needs_stages",
-        "needs_reference",
-        "needs_reference_logps",
-        "needs_logits",
-        "get_batch_samples",
-    )
+    hooks = (*MethodTrainer.hooks, "needs")
+    needs: ClassVar[Mapping[str, Off]] = {}
     config_class = SupervisedConfig
     # Nothing is sampled
     sampled_tokens = 0
+    # Of the present optimizer step, on all ranks
+    _labels_per_example: torch.Tensor | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        unknown = [name for name in cls.needs if name not in OPTIONAL_FIELDS]
+        if unknown:
+            raise TypeError(
+                f"`{cls.__name__}.needs` names {unknown}, but the fields on demand of a record are {OPTIONAL_FIELDS}."
+            )
 
     def __init__(self, model: Any, args: Any = None, *trl_args: Any, stages: Any = None, **trl_kwargs: Any):
         super().__init__(**self.trl_arguments(SFTTrainer, model, args, *trl_args, stages=stages, **trl_kwargs))
         self.ref_model = None
-        if self.needs_stages():
+        if self.acting_on_loss():
             self._refuse_unstaged()
-        if self.needs_reference():
+        if self.reads("reference", "ref_log_probs"):
             self._refuse_reference()
             if not is_peft_model(self.model):
                 self.ref_model = frozen_copy(
@@ -136,26 +146,26 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         for name, (active, remedy) in refused.items():
             if active:
                 raise ValueError(
-                    f"`{name}` computes the loss outside the stages that {self._method_names()} changes. {remedy}, or "
-                    f"use the method's neutral setting."
+                    f"`{name}` computes the loss outside the stages that {self._names()} changes. {remedy}, or use "
+                    "the method's neutral setting."
                 )
 
     def _refuse_reference(self) -> None:
         if is_peft_model(self.model) and self.model.active_peft_config.is_prompt_learning:
             raise ValueError(
                 f"`peft_config` is `{type(self.model.active_peft_config).__name__}`, whose virtual tokens the "
-                f"reference model of {self._method_names()} does not have. Use an adapter of the weights, for example "
+                f"reference model of {self._names()} does not have. Use an adapter of the weights, for example "
                 "`LoraConfig`."
             )
         plugin = self.args.deepspeed_plugin
         if plugin is not None and plugin.zero_stage == 3 and not is_peft_model(self.model):
             raise ValueError(
-                f"`deepspeed` with ZeRO-3 shards the model before {self._method_names()} can keep a frozen copy of "
-                "it. Use ZeRO-2, FSDP, or a `peft_config`, which needs no copy."
+                f"`deepspeed` with ZeRO-3 shards the model before {self._names()} can keep a frozen copy of it. Use "
+                "ZeRO-2, FSDP, or a `peft_config`, which needs no copy."
             )
 
-    def _method_names(self) -> str:
-        return " + ".join(f"'{m.name}'" for m in self.methods)
+    def _names(self) -> str:
+        return " + ".join(f"'{name}'" for name in self.acting_on_loss())
 
     @property
     def trained_tokens(self) -> int:
@@ -171,21 +181,25 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
 
     # --- What the methods need ----------------------------------------------------------------------------------
 
-    def needs_stages(self) -> bool:
-        """Whether a method changes the loss at its present settings; if not, TRL computes it. Extend with `or`."""
-        return False
+    def acting_on_loss(self) -> list[str]:
+        """Methods, the user's functions and classes without a method that act in a stage of the loss at present."""
+        classes, owners = type(self).__mro__, self.owners()
+        names = [name for stage in LOSS_STAGES for name in self.names_acting(stage, self.args)]
+        names += [user.name for stage, user in self.user_stages.items() if stage in LOSS_STAGES]
+        names += [
+            cls.__name__
+            for cls in classes[: classes.index(SupervisedTrainer)]
+            if cls not in owners and not cls.__dict__.keys().isdisjoint(LOSS_STAGES)
+        ]
+        return list(dict.fromkeys(names))
 
-    def needs_logits(self) -> bool:
-        """Whether a stage reads `record.policy`. Extend with `or`."""
-        return self.needs_reference()
-
-    def needs_reference(self) -> bool:
-        """Whether a stage reads `record.reference`; if not, there is no reference pass. Extend with `or`."""
-        return self.needs_reference_logps()
-
-    def needs_reference_logps(self) -> bool:
-        """Whether a stage reads `record.ref_log_probs`. Extend with `or`."""
-        return False
+    def reads(self, *fields: str) -> bool:
+        """Whether somebody reads one of these fields of a record under the present config, as `needs` says."""
+        return any(
+            field in fields and not is_off(off, self.args)
+            for cls in type(self).__mro__
+            for field, off in cls.__dict__.get("needs", {}).items()
+        )
 
     # --- Stages -------------------------------------------------------------------------------------------------
 
@@ -247,8 +261,17 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
             total = total + term.coef * values
         return total
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        batches, num_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.reads("labels_per_example") and num_labels is not None:
+            examples = torch.stack([_count_examples(batch) for batch in batches]).sum().to(device)
+            if self.args.average_tokens_across_devices:
+                examples = self.accelerator.reduce(examples, reduction="sum")
+            self._labels_per_example = torch.as_tensor(num_labels, device=device) / examples.clamp(min=1)
+        return batches, num_labels
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.needs_stages():
+        if self.acting_on_loss():
             model = self._staged(model)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -258,20 +281,22 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         def forward(**inputs: Any) -> Any:
             if not inputs.get("fused_lm_head", False):
                 return model(**inputs)
-            reference, ref_log_probs = self._reference_pass(inputs) if self.needs_reference() else (None, None)
-            observer = observe(backbone(model), Pass.GRADIENT) if self.needs_logits() else nullcontext()
+            on_demand = self._reference_pass(inputs) if self.reads("reference", "ref_log_probs") else {}
+            observer = observe(backbone(model), Pass.GRADIENT) if self.reads("policy") else nullcontext()
             with observer as observation:
                 outputs = model(**inputs)
-            policy = _lazy_logits(model, observation.hidden_states()) if self.needs_logits() else None
-            record = _make_record(inputs, outputs, policy, reference, ref_log_probs)
-            outputs.log_probs = -self.per_token_loss(record)
+            if self.reads("policy"):
+                on_demand["policy"] = _lazy_logits(model, observation.hidden_states())
+            if self.model.training:
+                on_demand["labels_per_example"] = self._labels_per_example
+            outputs.log_probs = -self.per_token_loss(_make_record(inputs, outputs, on_demand))
             return outputs
 
         return forward
 
-    def _reference_pass(self, inputs: dict[str, Any]) -> tuple[LazyLogits, torch.Tensor | None]:
+    def _reference_pass(self, inputs: dict[str, Any]) -> dict[str, Any]:
         model = self.model if self.ref_model is None else self.ref_model
-        scored = self.needs_reference_logps()
+        scored = self.reads("ref_log_probs")
         if not scored:
             # Without labels the fused head has no position to project
             inputs = {**inputs, "labels": torch.full_like(inputs["labels"], -100)}
@@ -283,7 +308,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         ):
             outputs = model(**inputs)
             logits = _lazy_logits(model, observation.hidden_states())
-        return logits, outputs.log_probs if scored else None
+        return {"reference": logits, "ref_log_probs": outputs.log_probs if scored else None}
 
 
 def _lazy_logits(model: nn.Module, hidden_states: torch.Tensor) -> LazyLogits:
@@ -291,13 +316,15 @@ def _lazy_logits(model: nn.Module, hidden_states: torch.Tensor) -> LazyLogits:
         return LazyLogits(hidden_states[:, :-1].to(weight.device), weight, bias, logit_scale, softcap)
 
 
-def _make_record(
-    inputs: dict[str, Any],
-    outputs: FusedCausalLMOutput,
-    policy: LazyLogits | None,
-    reference: LazyLogits | None,
-    ref_log_probs: torch.Tensor | None,
-) -> SupervisedRecord:
+def _count_examples(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Number of examples of a collated batch that have a label which something predicts."""
+    mask = batch["labels"][:, 1:] != -100
+    if "seq_idx" in batch:
+        return torch.tensor(batch["seq_idx"][:, 1:][mask].unique().numel())
+    return mask.any(1).sum()
+
+
+def _make_record(inputs: dict[str, Any], outputs: FusedCausalLMOutput, on_demand: dict[str, Any]) -> SupervisedRecord:
     batch, time = outputs.log_probs.shape
     if "seq_idx" in inputs:
         example_ids, num_examples = inputs["seq_idx"][:, 1:], inputs["cu_seq_lens_q"].numel() - 1
@@ -311,7 +338,5 @@ def _make_record(
         is_top1=outputs.is_top1,
         example_ids=example_ids,
         num_examples=num_examples,
-        policy=policy,
-        reference=reference,
-        ref_log_probs=ref_log_probs,
+        **on_demand,
     )

@@ -1,7 +1,5 @@
 """Supervised fine-tuning as imitation by implicit rewards, with another f-divergence than SFT's."""
 
-from typing import Any
-
 import torch
 
 from ...core.configuration import method_config, method_field
@@ -19,8 +17,8 @@ from .record import SupervisedRecord
 
 # β where none is set
 TOKEN_BETA, SEQUENCE_BETA = 1.0, 0.1
-# SFT
-NEUTRAL = {"implicit_divergence": "tv", "implicit_divergence_level": "token", "implicit_scale_by_beta": True}
+# Under which it is SFT
+SFT = {"implicit_divergence": "tv", "implicit_divergence_level": "token", "implicit_scale_by_beta": True}
 
 
 @method_config
@@ -72,7 +70,8 @@ class ImplicitRewardSFTConfig(SupervisedConfig):
         if self.implicit_divergence_level == "sequence" and self.packing and self.packing_strategy == "wrapped":
             raise ValueError(
                 "`implicit_divergence_level='sequence'` needs to know where sequences end, which `packing_strategy="
-                "'wrapped'` forgets. Set `packing_strategy='bfd'`, `packing=False` or `implicit_divergence_level='token'`."
+                "'wrapped'` forgets. Set `packing_strategy='bfd'`, `packing=False` or "
+                "`implicit_divergence_level='token'`."
             )
 
 
@@ -137,39 +136,10 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
 
     config_class = ImplicitRewardSFTConfig
     method = declared("implicit_reward_sft")
-    replaces = {
-        "token_loss": {
-            "implicit_divergence": "tv",
-            "implicit_divergence_level": "token",
-            "implicit_scale_by_beta": True,
-        }
-    }
-
-    # Of the present optimizer step, on all ranks
-    _labels_per_example: torch.Tensor | None = None
-
-    def _has_reward_utility(self) -> bool:
-        return any(getattr(self.args, name) != value for name, value in NEUTRAL.items())
-
-    def needs_stages(self) -> bool:
-        return super().needs_stages() or self._has_reward_utility()
-
-    def needs_reference_logps(self) -> bool:
-        return super().needs_reference_logps() or self._has_reward_utility()
-
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
-        """The micro-batches of an optimizer step, whose examples with labels are counted for the mean over them."""
-        batches, num_labels = super().get_batch_samples(epoch_iterator, num_batches, device)
-        if self._has_reward_utility() and self.args.implicit_divergence_level == "sequence" and num_labels is not None:
-            examples = torch.stack([count_examples(batch) for batch in batches]).sum().to(device)
-            if self.args.average_tokens_across_devices:
-                examples = self.accelerator.reduce(examples, reduction="sum")
-            self._labels_per_example = torch.as_tensor(num_labels, device=device) / examples.clamp(min=1)
-        return batches, num_labels
+    replaces = {"token_loss": SFT}
+    needs = {"ref_log_probs": SFT, "labels_per_example": {"implicit_divergence_level": "token"}}
 
     def token_loss(self, record: SupervisedRecord) -> torch.Tensor:
-        if not self._has_reward_utility():
-            return super().token_loss(record)
         args = self.args
         beta, divergence = args.implicit_reward_beta, args.implicit_divergence
         scale = 1 / beta if args.implicit_scale_by_beta else 1.0
@@ -182,8 +152,9 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
         self._log_rewards(sequence_rewards(rewards.detach(), *examples), labels > 0)
         values = sequence_utility(rewards, record.label_mask, *examples, divergence)
         # The base divides by the number of labels, the mean is over examples
-        counted = self._labels_per_example if self.model.training else None
-        ratio = labels.sum() / (labels > 0).sum().clamp(min=1) if counted is None else counted
+        ratio = record.labels_per_example
+        if ratio is None:
+            ratio = labels.sum() / (labels > 0).sum().clamp(min=1)
         return -scale * ratio * values
 
     def _log_rewards(self, rewards: torch.Tensor, mask: torch.Tensor) -> None:
@@ -197,11 +168,3 @@ class ImplicitRewardSFTTrainer(SupervisedTrainer):
             "clamped_fraction": rewards < FLOORS[divergence],
         }.items():
             self.log_mean(f"implicit_reward/{name}", (values * mask).sum(), count)
-
-
-def count_examples(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Number of examples of a collated batch that have a label which something predicts."""
-    mask = batch["labels"][:, 1:] != -100
-    if "seq_idx" in batch:
-        return torch.tensor(batch["seq_idx"][:, 1:][mask].unique().numel())
-    return mask.any(1).sum()

@@ -1,6 +1,6 @@
 """What the stages of a supervised step share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -28,12 +28,17 @@ class SupervisedRecord:
         num_examples (`int`):
             Number of examples in the micro-batch.
         policy (`LazyLogits`, *optional*):
-            Hidden states and head of the trained model, with gradient; present if the trainer `needs_logits`.
+            Hidden states and head of the trained model, with gradient.
         reference (`LazyLogits`, *optional*):
-            The same of the frozen initial model, without gradient; present if the trainer `needs_reference`.
+            The same of the frozen initial model, without gradient.
         ref_log_probs (`torch.Tensor` of shape `(batch, time - 1)`, `float32`, *optional*):
             Log-probability of the label under the frozen initial model in nats, without gradient; 0 where there is
-            none. Present if the trainer `needs_reference_logps`.
+            none.
+        labels_per_example (`torch.Tensor` of shape `()`, *optional*):
+            Mean number of labels of those examples of the optimizer step, on all ranks, that have one; `None` outside
+            of training.
+
+    The optional fields are there if a method names them in its `needs`.
 
     Raises:
         `ValueError`: if a shape or dtype is not as stated.
@@ -48,6 +53,7 @@ class SupervisedRecord:
     policy: LazyLogits | None = None
     reference: LazyLogits | None = None
     ref_log_probs: torch.Tensor | None = None
+    labels_per_example: torch.Tensor | None = None
 
     def __post_init__(self):
         shape = self.label_mask.shape
@@ -75,3 +81,7 @@ class SupervisedRecord:
             value = getattr(self, name)
             if value is not None and value.requires_grad:
                 raise ValueError(f"`{name}` must be detached.")
+
+
+# Those that are there on demand
+OPTIONAL_FIELDS = tuple(field.name for field in fields(SupervisedRecord) if field.default is None)

@@ -198,11 +198,6 @@ class OnlineStages:
 
     # --- What the loop needs ------------------------------------------------------------------------------------
 
-    @classmethod
-    def needs_scores(cls, args: Any) -> bool:
-        """Whether pairs depend on scores, so that there must be somebody who gives them. Extend with `and`."""
-        return True
-
     def check_online(self, dataset: Any, reward_funcs: Any, judge: Judge | None) -> None:
         """
         Check what the online loop needs, before anything is loaded. Extend through `super()`.
