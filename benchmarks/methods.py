@@ -112,7 +112,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             save_plain(model, folder)
             neutral = make(work, base, {}, model, tokenizer, folder)
-            for name in (name for name, family in METHODS.items() if family == base.family):
+            for name in (name for name, family in METHODS.items() if family == base.family.name):
                 method = make(work, load_trainer(name), SETTINGS.get(name, {}), model, tokenizer, folder)
                 for stepper in (neutral, method):
                     measure(stepper, 0)

@@ -13,6 +13,7 @@ from peft import LoraConfig
 
 from ..core.catalogue import METHODS, load_trainer
 from ..core.errors import UsageError
+from ..core.family import PREFERENCE
 from ..core.parsing import CommandParser
 from .claim import Arm, Claim, Comparison, Metric, Start
 from .command import add_run_flags
@@ -23,7 +24,7 @@ from .study import Study
 from .verdict import Interval, interval
 
 NAME = "overoptimization"
-FAMILY = "preference"
+FAMILY = PREFERENCE
 USAGE = """\
 usage: papertrl overoptimization [METHOD ...] [flags]
 
@@ -188,11 +189,11 @@ def chosen_methods(args: argparse.Namespace) -> tuple[str, ...]:
     Raises:
         [`~papertrl.core.errors.UsageError`]: if one is not of the preference family.
     """
-    family = [name for name, family in METHODS.items() if family == FAMILY]
+    family = [name for name, family in METHODS.items() if family == FAMILY.name]
     asked = [name.lower().replace("-", "_") for name in args.methods]
     unknown = [name for name in asked if name not in family]
     if unknown:
-        raise UsageError(f"`METHOD` must be one of the {FAMILY} family ({', '.join(family)}), got '{unknown[0]}'.")
+        raise UsageError(f"`METHOD` must be one of the {FAMILY.name} family ({', '.join(family)}), got '{unknown[0]}'.")
     return tuple(name for name in family if not asked or name in asked)
 
 

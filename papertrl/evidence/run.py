@@ -101,7 +101,7 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
             train_dataset=claim.training_rows(task, seed),
             processing_class=AutoTokenizer.from_pretrained(start_path),
             **deepcopy(dict(claim.trainer_kwargs)),
-            **({"reward_funcs": judges(claim, task, settings, short)} if claim.family.is_judged(args) else {}),
+            **({"reward_funcs": judges(claim, task, args, short)} if claim.family.is_judged(args) else {}),
         )
         trainer.remove_callback(PrinterCallback)
         _, problems = task.splits(claim.train_problems, claim.held_out, seed)
@@ -112,9 +112,9 @@ def train(claim: Claim, label: str, choice: dict, seed: int, model: str | None =
     return {"points": observer.points, "logs": kept_logs(claim, trainer)}
 
 
-def judges(claim: Claim, task: Task, settings: dict[str, Any], short: bool) -> list[Callable]:
+def judges(claim: Claim, task: Task, args: Any, short: bool) -> list[Callable]:
     """Reward functions of a run."""
-    if short and "online_iterations" in settings:
+    if short and getattr(args, "online_iterations", 0) > 0:
         # A verifier would give all completions of a hardly trained model the same, and there would be no pair
         return [by_letters]
     return list(claim.rewards) or [task.reward]
