@@ -193,7 +193,9 @@ def chosen_methods(args: argparse.Namespace) -> tuple[str, ...]:
     asked = [name.lower().replace("-", "_") for name in args.methods]
     unknown = [name for name in asked if name not in family]
     if unknown:
-        raise UsageError(f"`METHOD` must be one of the {FAMILY.name} family ({', '.join(family)}), got '{unknown[0]}'.")
+        raise UsageError(
+            f"`METHOD` must be one of the {FAMILY.name} family ({', '.join(family)}), got '{unknown[0]}'."
+        )
     return tuple(name for name in family if not asked or name in asked)
 
 
