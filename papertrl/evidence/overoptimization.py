@@ -135,7 +135,8 @@ def experiment(methods: tuple[str, ...]) -> OverOptimization:
 
 def _settings(method: str) -> dict[str, Any]:
     trainer = load_trainer(method)
-    rounds = trainer.stages[: trainer.stages.index("prepare")]
+    stages = list(trainer.stages)
+    rounds = stages[stages.index("choose_prompts") : stages.index("prepare")]
     online = ONLINE if {*trainer.extends, *trainer.replaces} & set(rounds) else {}
     return {**online, **SETTINGS.get(method, {})}
 

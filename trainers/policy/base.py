@@ -218,8 +218,9 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
     def load_rank_state(self, state: dict[str, Any]) -> None:
         super().load_rank_state(state)
         self._step = state["step"]
-        self._sampled_tokens = state["tokens"][0]
-        self._trained_tokens.fill_(state["tokens"][1])
+        sampled, trained = state.get("tokens", (0, 0))
+        self._sampled_tokens = sampled
+        self._trained_tokens.fill_(trained)
         if isinstance(self.train_dataset, Dataset) and self.shuffle_dataset:
             # The sampler draws one permutation per epoch from a generator of its own, which a resume starts anew
             for _ in range(int(self.state.epoch)):

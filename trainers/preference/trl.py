@@ -194,6 +194,6 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self._total_train_tokens, self.sampled_tokens = state["num_tokens"], state["sampled_tokens"]
+        self._total_train_tokens, self.sampled_tokens = state["num_tokens"], state.get("sampled_tokens", 0)
         if self.online is not None:
             self.online.reference.load_state(state)
