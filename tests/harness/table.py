@@ -5,7 +5,7 @@ from functools import cache
 from typing import Any
 
 import trl
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from peft import LoraConfig
 
 from papertrl.core.catalogue import DECLARATIONS, load
@@ -38,6 +38,8 @@ LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_
 REWARD_LORA = LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", init_lora_weights="gaussian")
 # Methods that act on groups that fail
 ON_FAILURE = {"guide_grpo", "scaf_grpo", "hpt_upge"}
+# Methods that look for rows that repeat
+REPEATED = {"dedup"}
 CHECKED = ("policy", "preference")
 
 
@@ -139,7 +141,11 @@ def build(trainer_class: type, family: Family | str, model: str, args, **kwargs)
     if any(getattr(args, name, getattr(defaults, name, None)) is not None for name in NEEDS_ADAPTER):
         kwargs.setdefault("peft_config", LORA)
     data = kwargs.pop("data", None)
-    return trainer_class(model, args=args, train_dataset=dataset(family) if data is None else data, **kwargs)
+    if data is None:
+        data = dataset(family)
+        if REPEATED & {m.name for m in getattr(trainer_class, "methods", ())}:
+            data = concatenate_datasets([data, data])
+    return trainer_class(model, args=args, train_dataset=data, **kwargs)
 
 
 def active(names, trainer_class: type) -> dict[str, Any]:
