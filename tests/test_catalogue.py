@@ -44,6 +44,7 @@ from .harness.table import (
     active_config,
     adapter,
     build,
+    dataset,
     history,
     logged,
     model_path,
@@ -219,7 +220,8 @@ def test_neutral_equals_trl(case, request, tmp_path, trl_runs):
     args = case.trainer.config_class.adopt(parents(case.family)[1](**settings(case.family, tmp_path)))
     for field, value in {**case.declaration.neutral, **FAMILIES[case.family].exact}.items():
         setattr(args, field, value)
-    trainer = build(case.trainer, case.family, model_path(case.family, request), args)
+    model, data = model_path(case.family, request), dataset(case.family)
+    trainer = build(case.trainer, case.family, model, args, data=data)
     trainer.train()
     for key, value in weights(trainer).items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=0)
