@@ -8,9 +8,10 @@ import pytest
 
 from papertrl.trainers.policy import trl as policy
 from papertrl.trainers.preference import trl as preference
+from papertrl.trainers.reward import base as reward
 from papertrl.trainers.supervised import base as supervised
 
-BASES = {"policy": policy, "preference": preference, "supervised": supervised}
+BASES = {"policy": policy, "preference": preference, "supervised": supervised, "reward": reward}
 PINNED = [(family, name) for family, base in BASES.items() for name in base.PINNED]
 
 

@@ -202,6 +202,18 @@ class MethodTrainer(Staged):
         link = Link(user, run)
         return ([link], []) if user.extends else ([], [link])
 
+    def acting_in(self, *stages: str) -> list[str]:
+        """Methods, the user's functions and classes without a method that act in one of these stages at present."""
+        classes, owners = type(self).__mro__, self.owners()
+        base = next(i for i, cls in enumerate(classes) if "stages" in cls.__dict__)
+        functions = {function for stage in stages for function in self.stages[stage]}
+        names = [name for stage in stages for name in self.names_acting(stage, self.args)]
+        names += [user.name for function, user in self.user_stages.items() if function in functions]
+        names += [
+            cls.__name__ for cls in classes[:base] if cls not in owners and not functions.isdisjoint(cls.__dict__)
+        ]
+        return list(dict.fromkeys(names))
+
     def keyed_generator(self, *key: int) -> torch.Generator:
         """CPU generator for this optimizer step and `key`: the same on every rank and after a resume."""
         number = self.args.seed

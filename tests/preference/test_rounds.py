@@ -386,7 +386,7 @@ def test_candidates_come_from_where_they_say(tiny_path, tokenizer, tmp_path):
 
 @pytest.mark.parametrize("trainer_class", [PreferenceTrainer, DriftDPOTrainer], ids=lambda c: c.__name__)
 def test_nobody_judges_without_the_loop(trainer_class, tmp_path):
-    args = trainer_class.config_class(str(tmp_path), online_iterations=0)
+    args = trainer_class.config_class(str(tmp_path), use_cpu=True, bf16=False, online_iterations=0)
     assert not trainer_class.needs_scores(args) and trainer_class.dataset_formats(args) == ("pairs",)
     args.online_iterations = 1
     assert trainer_class.needs_scores(args) == (trainer_class is PreferenceTrainer)

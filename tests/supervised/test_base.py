@@ -195,7 +195,7 @@ class TestWhoActs:
             tmp_path,
             trainer_kwargs={"stages": {"after_backward": lambda: None}},
         )
-        assert trainer.acting_on_loss() == []
+        assert trainer.acting_in(*LOSS_STAGES) == []
 
     def test_a_function_of_the_user_and_a_class_without_a_method(self, tokenizer, tmp_path):
         class Doubled(SupervisedTrainer):
@@ -214,7 +214,7 @@ class TestWhoActs:
             tmp_path,
             trainer_kwargs={"stages": {"token_loss": doubled}},
         )
-        assert ours.acting_on_loss() == ["Doubled"] and theirs.acting_on_loss()[0].endswith("doubled")
+        assert ours.acting_in(*LOSS_STAGES) == ["Doubled"] and theirs.acting_in(*LOSS_STAGES)[0].endswith("doubled")
         _, gradients = loss_and_gradients(plain)
         for trainer in (ours, theirs):
             _, found = loss_and_gradients(trainer)
@@ -224,7 +224,7 @@ class TestWhoActs:
     def test_fields_on_demand_follow_the_settings(self, coef, tokenizer, tmp_path):
         trainer = make(AsftSFTTrainer, AsftSFTConfig, tokenizer, tmp_path, asft_anchor_coef=coef)
         assert trainer.reads("policy") == trainer.reads("reference", "ref_log_probs") == (coef > 0)
-        assert not trainer.reads("ref_log_probs") and trainer.acting_on_loss() == ["asft"]
+        assert not trainer.reads("ref_log_probs") and trainer.acting_in(*LOSS_STAGES) == ["asft"]
 
     def test_unknown_field_is_refused(self):
         with pytest.raises(TypeError, match=r"`Odd.needs` names \['logits'\], but .*'policy', 'reference'"):

@@ -112,7 +112,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
     def __init__(self, model: Any, args: Any = None, *trl_args: Any, stages: Any = None, **trl_kwargs: Any):
         super().__init__(**self.trl_arguments(SFTTrainer, model, args, *trl_args, stages=stages, **trl_kwargs))
         self.ref_model = None
-        if self.acting_on_loss():
+        if self.acting_in(*LOSS_STAGES):
             self._refuse_unstaged()
         if self.reads("reference", "ref_log_probs"):
             self._refuse_reference()
@@ -165,7 +165,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
             )
 
     def _names(self) -> str:
-        return " + ".join(f"'{name}'" for name in self.acting_on_loss())
+        return " + ".join(f"'{name}'" for name in self.acting_in(*LOSS_STAGES))
 
     @property
     def trained_tokens(self) -> int:
@@ -180,18 +180,6 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         self._total_train_tokens = state["total_train_tokens"]
 
     # --- What the methods need ----------------------------------------------------------------------------------
-
-    def acting_on_loss(self) -> list[str]:
-        """Methods, the user's functions and classes without a method that act in a stage of the loss at present."""
-        classes, owners = type(self).__mro__, self.owners()
-        names = [name for stage in LOSS_STAGES for name in self.names_acting(stage, self.args)]
-        names += [user.name for stage, user in self.user_stages.items() if stage in LOSS_STAGES]
-        names += [
-            cls.__name__
-            for cls in classes[: classes.index(SupervisedTrainer)]
-            if cls not in owners and not cls.__dict__.keys().isdisjoint(LOSS_STAGES)
-        ]
-        return list(dict.fromkeys(names))
 
     def reads(self, *fields: str) -> bool:
         """Whether somebody reads one of these fields of a record under the present config, as `needs` says."""
@@ -271,7 +259,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         return batches, num_labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.acting_on_loss():
+        if self.acting_in(*LOSS_STAGES):
             model = self._staged(model)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
