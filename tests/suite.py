@@ -134,7 +134,7 @@ def build(trainer_class: type, family: str, model: str, args, **kwargs):
 
 def active_config(trainer_class: type, names: list[str], output_dir, **values):
     merged = {key: value for name in names for key, value in ACTIVE[name].items()}
-    family = trainer_class.family
+    family = trainer_class.family.name
     extra = {"check_records": True} if family == "policy" else {}
     return trainer_class.config_class(**settings(family, output_dir, **(merged | extra | values)))
 

@@ -148,7 +148,7 @@ def check_user_stages(
         if deciding:
             raise ValueError(
                 f"`stages['{stage}']`: '{deciding[0].method.name}' replaces the stage '{stage}', which '{name}' would "
-                f"do as well. Take a parameter `{DEFAULT}`, to act on what the method came to, or leave one of the two "
+                f"do as well. Take a parameter `{DEFAULT}`, to act on what the method came to, or leave one of them "
                 "out."
             )
     return checked

@@ -49,6 +49,9 @@ class Staged:
     around the one that replaces the stage, around the base: `super()` in a stage leads to the next of them, whatever
     the order in which methods were listed.
 
+    A class that declares nothing, such as a user's, overrides a stage's functions as in plain inheritance: it acts
+    among the extenders, or, listed after the one that replaces the stage, inside of that.
+
     Raises:
         `TypeError`: at class creation, if a method names a stage that there is not, or overrides a function of the
             base whose stage it does not name.
@@ -64,13 +67,11 @@ class Staged:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
-        if "stages" in cls.__dict__:
-            for name in cls._functions():
-                _install(cls, name, inspect.getattr_static(cls, name))
         if isinstance(cls.__dict__.get("method"), Method):
             cls._check_declaration()
-            for name in cls._functions() & cls.__dict__.keys():
-                _install(cls, name, cls.__dict__[name])
+        functions = cls._functions()
+        for name in functions if "stages" in cls.__dict__ else functions & cls.__dict__.keys():
+            _install(cls, name, inspect.getattr_static(cls, name))
         cls.methods = tuple(owner.method for owner in cls.owners())
 
     @classmethod
@@ -174,15 +175,15 @@ class Staged:
         cls = type(self)
         stage = cls.stage_of(function)
         around, inside = self._user_links(stage, function)
-        links = [
-            Link(owner, owner.__dict__[function].implementation)
-            for owner in cls.acting(stage, self.args)
-            if function in owner.__dict__
-        ]
-        deciding = set(cls.deciding(stage, self.args))
-        extending = [link for link in links if link.owner not in deciding]
-        replacing = [link for link in links if link.owner in deciding]
         base = next(b for b in cls.__mro__ if "stages" in b.__dict__)
+        below_base = cls.__mro__[: cls.__mro__.index(base)]
+        acting, deciding = cls.acting(stage, self.args), cls.deciding(stage, self.args)
+        plain = [b for b in below_base if issubclass(b, Staged) and b not in cls.owners()]
+        extending, replacing = [], []
+        for owner in below_base:
+            if function in owner.__dict__ and owner in (*acting, *plain):
+                inner = owner in deciding or (replacing and owner in plain)
+                (replacing if inner else extending).append(Link(owner, owner.__dict__[function].implementation))
         return [*around, *extending, *inside, *replacing, Link(base, base.__dict__[function].implementation)]
 
     def _user_links(self, stage: str, function: str) -> tuple[list[Link], list[Link]]:

@@ -89,7 +89,6 @@ def test_the_slot_holds_one(tiny_path, tmp_path):
             optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
         )
     two = compose("sft", Lion, OtherOptimizer)
-    with pytest.raises(
-        ValueError, match="'lion' and 'other_optimizer' do not combine.*slot 'optimizer'.*lion_beta1=None"
-    ):
+    message = r"'lion' and 'other_optimizer' do not combine.*slot 'optimizer'.*lion_beta1=None"
+    with pytest.raises(ValueError, match=message):
         two(tiny_path, two.config_class(**settings("supervised", tmp_path)), train_dataset=dataset("supervised"))

@@ -297,7 +297,7 @@ def test_a_stage_that_does_not_exist_is_refused():
     from papertrl.core.declaration import Method
 
     with pytest.raises(TypeError, match=r"'odd' names stages \['brew'\]"):
-        type("Odd", (PolicyTrainer,), {"method": Method(name="odd", summary="", extends=("brew",))})
+        type("Odd", (PolicyTrainer,), {"method": Method("odd", family="policy"), "extends": {"brew": {}}})
 
 
 def test_record_refuses_what_breaks_its_contract(policy_path, tmp_path):

@@ -509,7 +509,7 @@ def test_the_reference_is_the_frozen_start(policy_path, tmp_path):
         ),
         (
             SEARCH | {"constraint_thresholds": {"length": 1}, "constraint_proxy_search_steps": {"other": 1.0}},
-            "needs `constraint_proxy_search_steps` other than 0 for all of `constraint_thresholds`, got {'other': 1.0}",
+            "`constraint_proxy_search_steps` other than 0 for all of `constraint_thresholds`, got {'other': 1.0}",
         ),
         (
             SEARCH | {"constraint_thresholds": {"length": 1}, "constraint_proxy_search_steps": {"length": 0}},

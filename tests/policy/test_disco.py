@@ -12,6 +12,7 @@ from papertrl import (
     DiscoGRPOConfig,
     DiscoGRPOTrainer,
     DlerGRPOTrainer,
+    HptUpgeGRPOTrainer,
     LpRegGRPOTrainer,
     PolicyTrainer,
     compose,
@@ -374,9 +375,8 @@ def test_groups_that_would_be_split_are_refused(values, message, policy_path, tm
 class TokenLossTrainer(PolicyTrainer):
     """Stands for any method that replaces the loss of some tokens."""
 
-    method = Method("token_loss", "", extends=("objective",), neutral={"epsilon": 0.2})
-    _name = "Token loss"
-    _paper = {"title": "", "id": "", "citation": ""}
+    method = Method("token_loss", family="policy")
+    extends = {"objective": {"epsilon": 0.2}}
 
 
 def test_methods_on_single_tokens_are_refused(policy_path, tmp_path):
@@ -401,6 +401,16 @@ def test_lp_regs_penalty_is_added_in_either_order(policy_path, tmp_path):
     (without, _), (one, trainer), (other, _) = results
     assert one == other and one != without
     assert max(metric(trainer, "lp_reg/regularized_tokens")) > 0
+
+
+def test_demonstrations_are_computed_in_either_order(policy_path, tmp_path):
+    # With several updates a batch, DisCO has rows of no advantage computed, and HPT those of no weight
+    options = {"loss_type": "dr_grpo", "num_iterations": 2, "max_steps": 2, "hpt_gate": 0.5}
+    results = []
+    for classes in ([DiscoGRPOTrainer, HptUpgeGRPOTrainer], [HptUpgeGRPOTrainer, DiscoGRPOTrainer]):
+        trainer = run(compose(*classes), policy_path, tmp_path / f"{len(results)}", **options)
+        results.append((metric(trainer, "loss"), metric(trainer, "loss/hpt_sft")))
+    assert results[0] == results[1] and max(results[0][1]) > 0
 
 
 def test_dlers_filter_brings_questions_of_both_kinds(policy_path, tmp_path):

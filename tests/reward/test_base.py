@@ -16,7 +16,6 @@ from papertrl.trainers.reward.record import RewardRecord
 
 from ..harness.table import REWARD_LORA, history, settings, weights
 
-
 LOW = -3.0
 
 

@@ -56,8 +56,8 @@ class ConstrainedRlhfGRPOConfig(PolicyConfig):
     )
     constraint_lagrange_init: float | None = method_field(
         None,
-        "Multipliers at the start. `None` is 0, or 0.5 without `constraint_lagrange_squash`; the released code draws the former "
-        "from N(0, 0.01).",
+        "Multipliers at the start. `None` is 0, or 0.5 without `constraint_lagrange_squash`; the released code draws "
+        "the former from N(0, 0.01).",
         gt=-math.inf,
         was="lagrange_init",
     )
@@ -123,13 +123,13 @@ class ConstrainedRlhfGRPOConfig(PolicyConfig):
         )
         if not names or names != moved or not all(self.constraint_proxy_search_steps.values()):
             raise ValueError(
-                "`constraint_proxy_search_metric` needs `constraint_proxy_search_steps` other than 0 for all of `constraint_thresholds`, "
-                f"got {self.constraint_proxy_search_steps} for {self.constraint_thresholds}."
+                "`constraint_proxy_search_metric` needs `constraint_proxy_search_steps` other than 0 for all of "
+                f"`constraint_thresholds`, got {self.constraint_proxy_search_steps} for {self.constraint_thresholds}."
             )
         if self.eval_strategy == "no":
             raise ValueError(
-                f"`constraint_proxy_search_metric` {self.constraint_proxy_search_metric!r} comes from evaluations, but `eval_strategy` is "
-                "'no'. Set it to 'steps', with `eval_steps`."
+                f"`constraint_proxy_search_metric` {self.constraint_proxy_search_metric!r} comes from evaluations, "
+                "but `eval_strategy` is 'no'. Set it to 'steps', with `eval_steps`."
             )
 
 
@@ -168,10 +168,10 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
     reason A_0 pulls back with the same force at any distance, and rewards may swing around their thresholds; a small
     `beta`, whose pull grows with the distance, damps that. It comes on top of A_0 if it is set.
 
-    With `constraint_proxy_search_metric`, the thresholds themselves are searched for in the same run (Nelder and Mead): each
-    vertex is held until the rewards of an evaluation have reached it or its budget is used up, and then judged by the
-    metric. Policy and multipliers go on from where they are. At the end of the search the best thresholds stay. A
-    trusted score among the reward functions needs weight 0 in `reward_weights`.
+    With `constraint_proxy_search_metric`, the thresholds themselves are searched for in the same run (Nelder and
+    Mead): each vertex is held until the rewards of an evaluation have reached it or its budget is used up, and then
+    judged by the metric. Policy and multipliers go on from where they are. At the end of the search the best
+    thresholds stay. A trusted score among the reward functions needs weight 0 in `reward_weights`.
 
     Relations:
         Dynamic reward weighting also changes weights during the run, but towards more reward, not up to a point; the
@@ -193,7 +193,12 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("constrained_rlhf")
-    extends = {"reference": {}, "statistics": {}, "feedback": {}}
+    extends = {
+        "reference": {"constraint_thresholds": None},
+        "statistics": {"constraint_thresholds": None},
+        "feedback": {"constraint_thresholds": None},
+    }
+    # Rewards are not combined: nobody may do that in a way of their own, which would be left out
     replaces = {"combine_rewards": {"constraint_thresholds": None}, "advantages": {"constraint_thresholds": None}}
     config_class = ConstrainedRlhfGRPOConfig
 
@@ -219,21 +224,17 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
 
     @classmethod
     def needs_reference(cls, args):
-        return super().needs_reference(args) or args.constraint_thresholds is not None
+        return True
 
     def old_pass_needs(self):
-        needs = super().old_pass_needs()
-        return needs if self.args.constraint_thresholds is None else needs | {"logps"}
+        return super().old_pass_needs() | {"logps"}
 
     def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
         super().collect_statistics(record, scored, old_pass)
-        if self.args.constraint_thresholds is not None:
-            reward = kl_reward(old_pass.logps, record.ref_per_token_logps, record.loss_mask)
-            scored.statistics["constrained_rlhf/kl_reward"] = self.accelerator.gather(reward)
+        reward = kl_reward(old_pass.logps, record.ref_per_token_logps, record.loss_mask)
+        scored.statistics["constrained_rlhf/kl_reward"] = self.accelerator.gather(reward)
 
     def advantages(self, scored: ScoredBatch, record: RolloutRecord) -> torch.Tensor:
-        if self.args.constraint_thresholds is None:
-            return super().advantages(scored, record)
         known = ~scored.rewards.isnan().all(dim=1)
 
         def of(rewards: torch.Tensor) -> torch.Tensor:
@@ -250,8 +251,6 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
 
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         super().observe_batch(scored, record)
-        if self.args.constraint_thresholds is None:
-            return
         returns = scored.sampled_rewards[:, self._columns].nanmean(dim=0)
         violations = returns - self._thresholds
         weights = self._constraint_weights()
@@ -289,15 +288,13 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
         missing = [name for name in (*names, self.args.constraint_proxy_search_metric) if metrics.get(name) is None]
         if missing:
             raise ValueError(
-                f"`constraint_proxy_search_metric` needs {missing} of an evaluation, but its metrics are {sorted(metrics)}."
+                f"`constraint_proxy_search_metric` needs {missing} of an evaluation, but its metrics are "
+                f"{sorted(metrics)}."
             )
         returns = self._thresholds.new_tensor([metrics[name] for name in names])
         met = bool(within(returns, self._thresholds, self.args.constraint_proxy_search_band).all())
-        if (
-            not met
-            and self.state.global_step - self._search_since
-            < self.args.constraint_proxy_search_budget * self.state.max_steps
-        ):
+        budget = self.args.constraint_proxy_search_budget * self.state.max_steps
+        if not met and self.state.global_step - self._search_since < budget:
             return
         self._search.tell(point, metrics[self.args.constraint_proxy_search_metric])
         self._search_since = self.state.global_step
@@ -340,5 +337,5 @@ class ConstrainedRlhfGRPOTrainer(PolicyTrainer):
         simplex = [first]
         for i, name in enumerate(self._constrained):
             simplex.append([*first[:i], first[i] + self.args.constraint_proxy_search_steps[name], *first[i + 1 :]])
-        coefficients = {name: getattr(self.args, f"proxy_search_{name}") for name in _COEFFICIENTS}
+        coefficients = {name: getattr(self.args, f"constraint_proxy_search_{name}") for name in _COEFFICIENTS}
         return ProxyPointSearch(simplex, coefficients)

@@ -89,17 +89,18 @@ class D3sGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("d3s")
-    extends = {"statistics": {}, "select": {}}
+    extends = {
+        "statistics": {"d3s_token_ratio_start": 1.0},
+        "select": {"d3s_sample_ratio_start": 1.0, "d3s_token_ratio_start": 1.0},
+    }
     config_class = D3sGRPOConfig
 
     def old_pass_needs(self):
-        needs = super().old_pass_needs()
-        return needs if self.args.d3s_token_ratio_start == 1.0 else needs | {"entropy"}
+        return super().old_pass_needs() | {"entropy"}
 
     def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
         super().collect_statistics(record, scored, old_pass)
-        if old_pass.entropies is not None:
-            record.statistics["d3s/entropies"] = old_pass.entropies.detach()
+        record.statistics["d3s/entropies"] = old_pass.entropies.detach()
 
     def select(self, record: RolloutRecord, scored: ScoredBatch) -> None:
         super().select(record, scored)

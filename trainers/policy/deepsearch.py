@@ -185,7 +185,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
     # --- Roll out -----------------------------------------------------------------------------------------------
 
     def rollout(self, inputs: list[dict[str, Any]], prompts: list[Any]) -> Generation:
-        if self.args.tree_width is None or not self.model.training:
+        if not self.model.training:
             return super().rollout(inputs, prompts)
         size, rank, world = self.num_generations, self.accelerator.process_index, self.accelerator.num_processes
         prompt_ids = self.tokenize_prompts(prompts)
@@ -354,8 +354,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
     # --- Spread -------------------------------------------------------------------------------------------------
 
     def spread(self, record: RolloutRecord, scored: ScoredBatch) -> None:
-        super().spread(record, scored)
-        if self.args.tree_width is None or not self.model.training:
+        if not self.model.training:
             return
         # Rows that other methods put in since then are none of a tree, whatever stands in their dataset row
         found = (record.source == Source.POLICY) | (record.source == Source.REPLAY)

@@ -118,7 +118,12 @@ class DiscoGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("disco")
-    extends = {"contribute": {}, "prepare_objective": {}}
+    extends = {
+        "contribute": ({"disco_score": "none"}, {"disco_beta": 0.0}),
+        "prepare_objective": {"disco_score": "none"},
+    }
+    # Of these, `spread` and `trust_region` are left to the base: whole answers are scored, without a clip, so that
+    # nobody may decide over advantages or ranges of single tokens
     replaces = {
         "scale": {"disco_score": "none"},
         "spread": {"disco_score": "none"},
@@ -153,8 +158,6 @@ class DiscoGRPOTrainer(PolicyTrainer):
                     )
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
-        if self.args.disco_score == "none":
-            return super().scale(scored, rewards, centered)
         usable = rewards.masked_fill(~scored.usable, torch.nan)
         labels = answer_labels(usable, scored.group_ids, self.args.success_threshold)
         self.log_metric("disco/mixed_questions", (labels != 0).float().mean())
@@ -162,21 +165,18 @@ class DiscoGRPOTrainer(PolicyTrainer):
 
     def prepare_objective(self, record: RolloutRecord) -> None:
         super().prepare_objective(record)
-        if self.args.disco_score == "none":
-            return
         rows = record.row_weight.shape[0] * self.accelerator.num_processes
         group = self.num_generations if self.model.training else self.num_generations_eval
         record.statistics["disco/questions"] = torch.full_like(record.row_weight, rows / group)
 
     def contributing_rows(self, record: RolloutRecord) -> torch.Tensor:
+        rows = super().contributing_rows(record)
         # The constraint covers every token, but holds by itself while π is π_old
-        if self.args.disco_score == "none" or self.args.disco_beta == 0 or record.old_per_token_logps is None:
-            return super().contributing_rows(record)
-        return (record.row_weight > 0) & record.loss_mask.any(1)
+        if record.old_per_token_logps is None:
+            return rows
+        return rows | ((record.row_weight > 0) & record.loss_mask.any(1))
 
     def objective(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
-        if self.args.disco_score == "none":
-            return super().objective(stats, record)
         mask = record.loss_mask * (record.row_weight > 0).unsqueeze(1)
         tokens = mask.sum(1)
         labels = record.advantages.masked_fill(tokens == 0, 0.0)

@@ -78,28 +78,24 @@ class DlerGRPOConfig(PolicyConfig):
 
     def validate(self):
         super().validate()
-        limits = [("dler_truncation_length", self.dler_truncation_length)] + [
-            ("dler_da_lengths", x) for x in self.dler_da_lengths
-        ]
+        thresholds, lengths = self.dler_da_thresholds, self.dler_da_lengths
+        limits = [("dler_truncation_length", self.dler_truncation_length)]
+        limits += [("dler_da_lengths", length) for length in lengths]
         for name, limit in limits:
             if limit is not None and not 1 <= limit <= self.max_completion_length:
                 raise ValueError(
                     f"`{name}` must be in [1, max_completion_length={self.max_completion_length}], got {limit}: "
                     "generation has to reach the limit."
                 )
-        if self.dler_da_lengths and len(self.dler_da_lengths) != len(self.dler_da_thresholds) + 1:
+        if lengths and len(lengths) != len(thresholds) + 1:
             raise ValueError(
-                f"`dler_da_lengths` must have one more entry than `dler_da_thresholds`, got {self.dler_da_lengths} and "
-                f"{self.dler_da_thresholds}."
+                f"`dler_da_lengths` must have one more entry than `dler_da_thresholds`, got {lengths} and "
+                f"{thresholds}."
             )
-        if self.dler_da_thresholds and not self.dler_da_lengths:
-            raise ValueError(f"`dler_da_thresholds` {self.dler_da_thresholds} need `dler_da_lengths`, which is empty.")
-        if sorted(set(self.dler_da_thresholds)) != self.dler_da_thresholds or any(
-            not 0 < t <= 1 for t in self.dler_da_thresholds
-        ):
-            raise ValueError(
-                f"`dler_da_thresholds` must be ascending numbers in (0, 1], got {self.dler_da_thresholds}."
-            )
+        if thresholds and not lengths:
+            raise ValueError(f"`dler_da_thresholds` {thresholds} need `dler_da_lengths`, which is empty.")
+        if sorted(set(thresholds)) != thresholds or any(not 0 < t <= 1 for t in thresholds):
+            raise ValueError(f"`dler_da_thresholds` must be ascending numbers in (0, 1], got {thresholds}.")
         if self.dler_length_penalty == "truncation" and self.mask_truncated_completions:
             raise ValueError(
                 "`mask_truncated_completions=True` removes the completions that DLER's truncation penalizes. Set it "
@@ -141,14 +137,12 @@ class DlerGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("dler")
-    extends = {"score": {}, "filter_groups": {}}
+    extends = {"score": {"dler_length_penalty": "none"}, "filter_groups": {"dler_dynamic_sampling": False}}
     replaces = {"scale": {"dler_advantage_whitening": "none"}, "divergence": {"dler_kl_estimator": "k3"}}
     config_class = DlerGRPOConfig
 
     def score(self, scored: ScoredBatch) -> torch.Tensor:
         rewards = super().score(scored)
-        if self.args.dler_length_penalty == "none":
-            return rewards
         limit = self.args.dler_truncation_length or self.max_completion_length
         limits = torch.full_like(scored.lengths, limit)
         if self.args.dler_da_lengths:
@@ -164,8 +158,6 @@ class DlerGRPOTrainer(PolicyTrainer):
 
     def filter_groups(self, scored: ScoredBatch) -> torch.Tensor | None:
         keep = super().filter_groups(scored)
-        if not self.args.dler_dynamic_sampling:
-            return keep
         rewards = self.combined_rewards(scored)
         varied = group_varies(rewards, scored.group_ids)
         best = torch.nan_to_num(by_group(rewards, scored.group_ids)).amax(1)
@@ -174,18 +166,13 @@ class DlerGRPOTrainer(PolicyTrainer):
         return varied if keep is None else keep & varied
 
     def refill_rounds(self) -> int:
-        rounds = self.args.dler_max_resample_batches if self.args.dler_dynamic_sampling else 0
-        return max(super().refill_rounds(), rounds)
+        return max(super().refill_rounds(), self.args.dler_max_resample_batches)
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
-        if self.args.dler_advantage_whitening == "none":
-            return super().scale(scored, rewards, centered)
         varied = expand_groups(group_varies(rewards, scored.group_ids), scored.group_ids)
         live = scored.usable & ~centered.isnan() & varied
         weights = scored.lengths if self.args.dler_advantage_whitening == "token" else torch.ones_like(scored.lengths)
         return whiten(centered, weights, live)
 
     def divergence(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
-        if self.args.dler_kl_estimator == "k3":
-            return super().divergence(stats, record)
         return kl_estimate(stats.logps, record.ref_per_token_logps, self.args.dler_kl_estimator)

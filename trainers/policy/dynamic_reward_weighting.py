@@ -129,7 +129,8 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("dynamic_reward_weighting")
-    extends = {"advantages": {}, "feedback": {}}
+    extends = {"advantages": {"weighting_mode": "none"}, "feedback": {"weighting_mode": "none"}}
+    # The base combines rewards, by weights that this method decides: nobody may do it in a way of their own
     replaces = {"combine_rewards": {"weighting_mode": "none"}}
     config_class = DynamicRewardWeightingGRPOConfig
 
@@ -170,8 +171,6 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
 
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         super().observe_batch(scored, record)
-        if self.args.weighting_mode == "none":
-            return
         for name, weight in zip(self.reward_func_names, self.reward_weights, strict=True):
             self.log_metric(f"dynamic_reward_weighting/{name}/weight", weight)
         if self.args.weighting_mode == "hypervolume":

@@ -109,26 +109,24 @@ class GuideGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("guide_grpo")
-    extends = {"columns": {}, "filter_groups": {}, "trust_region": {}}
+    extends = {
+        "columns": {"guide_reroll": False},
+        "filter_groups": ({"guide_reroll": False}, {"guide_max_resample_batches": 0}),
+        "trust_region": {"guide_reroll": False},
+    }
     replaces = {"repair": {"guide_reroll": False}}
     config_class = GuideGRPOConfig
 
     @classmethod
     def needed_columns(cls, args):
-        return super().needed_columns(args) + [args.guide_hint_column] * args.guide_reroll
+        return [*super().needed_columns(args), args.guide_hint_column]
 
-    def groups_to_repair(self, scored: ScoredBatch) -> torch.Tensor | None:
-        failing = super().groups_to_repair(scored)
-        if not self.args.guide_reroll:
-            return failing
-        mine = self.solved_share(scored) <= self.args.guide_reroll_threshold
-        self.log_metric("guide/reroll_fraction", mine.float().mean())
-        return mine if failing is None else mine | failing
+    def groups_to_repair(self, scored: ScoredBatch) -> torch.Tensor:
+        failing = self.solved_share(scored) <= self.args.guide_reroll_threshold
+        self.log_metric("guide/reroll_fraction", failing.float().mean())
+        return failing
 
     def repair(self, draft: Draft) -> None:
-        super().repair(draft)
-        if not self.args.guide_reroll:
-            return
         share = self.solved_share(draft.scored)
         groups = (share <= self.args.guide_reroll_threshold).nonzero().squeeze(1).tolist()
         places = [p for g in groups if self._hint(draft, draft.places(g)[0]) is not None for p in draft.places(g)]
@@ -151,19 +149,14 @@ class GuideGRPOTrainer(PolicyTrainer):
 
     def filter_groups(self, scored: ScoredBatch) -> torch.Tensor | None:
         keep = super().filter_groups(scored)
-        if not (self.args.guide_reroll and self.args.guide_max_resample_batches > 0):
-            return keep
         mine = self._teaches(self.solved_share(scored))
         return mine if keep is None else mine & keep
 
     def refill_rounds(self) -> int:
-        rounds = self.args.guide_max_resample_batches if self.args.guide_reroll else 0
-        return max(super().refill_rounds(), rounds)
+        return max(super().refill_rounds(), self.args.guide_max_resample_batches)
 
     def trust_region(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
         super().trust_region(stats, record)
-        if not self.args.guide_reroll:
-            return
         guided = (record.source == Source.HINTED).unsqueeze(1)
         tokens = (guided & record.loss_mask.bool()).expand_as(stats.ratio)
         gamma = self.args.guide_gamma

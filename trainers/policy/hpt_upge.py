@@ -139,8 +139,9 @@ class HptUpgeGRPOConfig(PolicyConfig):
             )
         if self.importance_sampling_level != "token":
             raise ValueError(
-                f"`importance_sampling_level` is {self.importance_sampling_level!r}, but `hpt_upge_instance` decides by "
-                "its mask and denominator. Leave it at 'token'; the ratio of sequences is `hpt_upge_instance='gspo'`."
+                f"`importance_sampling_level` is {self.importance_sampling_level!r}, but `hpt_upge_instance` decides "
+                "by its mask and denominator. Leave it at 'token'; the ratio of sequences is "
+                "`hpt_upge_instance='gspo'`."
             )
         for name, value in INSTANCES[self.hpt_upge_instance].settings.items():
             if getattr(self, name) != value:
@@ -180,9 +181,9 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     not finite, is left out, the optimizer's state included.
 
     The paper derives both losses from one estimator (UPGE, Eq. 6), \\( \mathbb{1}_{stable} \frac{1}{\pi_{ref}} \hat A
-    \nabla \pi \\), whose four parts give the known methods:
+    \nabla \pi \\), whose parts give the known methods. The fields are `hpt_upge_instance` and so on:
 
-    | `hpt_upge_instance` | `hpt_upge_denominator` | `hpt_upge_advantage` | `hpt_upge_mask` | \\( c \\) on \\( \nabla \log \pi \\) |
+    | `instance` | `denominator` | `advantage` | `mask` | \\( c \\) on \\( \nabla \log \pi \\) |
     |---|---|---|---|---|
     | `sft` | `theta` | `one` | `none` | 1 |
     | `ppo`, `grpo`, `dapo`, `dr_grpo` | `old` | `rollouts` | `clip` | mask·A·r |
@@ -193,10 +194,10 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     | `srft` | `one` | `rollouts` | `none` | A·π |
     | `luffy` | `one` | `rollouts` | `none` | A·π·f'(π), f(π) = π/(π + γ) |
 
-    With `hpt_upge_instance`, the loss of rollouts is −c·logπ with c held fixed. Clip bounds are 1 ± ε in every row, where
-    TRL's `loss_type="cispo"` caps at ε itself. A token whose ratio another method has reshaped keeps the configured
-    loss. Metrics: `loss/hpt_sft`, the demonstrations' mean negative log-likelihood per token (0 in a micro-batch
-    without), `upge/coefficient` and `upge/masked_tokens` of the rollouts, and those with `hpt/`.
+    With `hpt_upge_instance`, the loss of rollouts is −c·logπ with c held fixed. Clip bounds are 1 ± ε in every row,
+    where TRL's `loss_type="cispo"` caps at ε itself. A token whose ratio another method has reshaped keeps the
+    configured loss. Metrics: `loss/hpt_sft`, the demonstrations' mean negative log-likelihood per token (0 in a
+    micro-batch without), `upge/coefficient` and `upge/masked_tokens` of the rollouts, and those with `hpt/`.
 
     Relations:
         Guide-GRPO gives failing prompts a hint and samples anew; it needs hints instead of demonstrations, and the
@@ -204,8 +205,8 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     Paper: [Towards a Unified View of Large Language Model
     Post-Training](https://huggingface.co/papers/2509.04419). The equation has a clip and standardized advantages, as
-    here. The released run has neither (here: `hpt_upge_instance="grpo"`, `hpt_upge_mask="none"`, `scale_rewards="none"`), and
-    an entropy bonus of 0.001.
+    here. The released run has neither (here: `hpt_upge_instance="grpo"`, `hpt_upge_mask="none"`,
+    `scale_rewards="none"`), and an entropy bonus of 0.001.
 
     Example:
 
@@ -218,29 +219,27 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     method = declared("hpt_upge")
     extends = {
-        "contribute": {},
-        "columns": {},
-        "repair": {},
-        "demonstrate": {},
-        "combine_rewards": {},
-        "select": {},
-        "prepare_objective": {},
-        "extra_terms": {},
-        "before_update": {},
+        "columns": {"hpt_mode": "none"},
+        "repair": {"hpt_mode": "none"},
+        "demonstrate": {"hpt_mode": "none"},
+        "combine_rewards": {"hpt_mode": "none"},
+        "select": {"hpt_mode": "none"},
+        "contribute": {"hpt_mode": "none", "hpt_upge_instance": None},
+        "prepare_objective": {"hpt_mode": "none"},
+        "extra_terms": {"hpt_mode": "none"},
+        "before_update": {"hpt_max_grad_norm_skip": None},
     }
     replaces = {"objective": {"hpt_upge_instance": None}}
     config_class = HptUpgeGRPOConfig
 
     @classmethod
     def needed_columns(cls, args: Any) -> list[str]:
-        return super().needed_columns(args) + [args.hpt_demo_column] * (args.hpt_mode != "none")
+        return [*super().needed_columns(args), args.hpt_demo_column]
 
     # --- Demonstrations -----------------------------------------------------------------------------------------
 
     def groups_to_repair(self, scored: ScoredBatch) -> torch.Tensor | None:
         groups = super().groups_to_repair(scored)
-        if self.args.hpt_mode == "none":
-            return groups
         performance = self.solved_share(scored)
         self.log_metric("hpt/solve_none", (performance <= 0).float().mean())
         self.log_metric("hpt/solve_all", (performance >= 1).float().mean())
@@ -249,8 +248,6 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     def demonstrate(self, draft: Draft) -> None:
         super().demonstrate(draft)
-        if self.args.hpt_mode == "none":
-            return
         for group in self._to_demonstrate(self.solved_share(draft.scored)).nonzero().squeeze(1).tolist():
             place = draft.places(group)[0]
             row = draft.rows[place]
@@ -301,15 +298,12 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     def combine_rewards(self, scored: ScoredBatch) -> torch.Tensor:
         rewards = super().combine_rewards(scored)
-        if not self._demonstrates():
+        if not self.model.training:
             return rewards
         if self.args.hpt_mode == "soft":
             rewards = rewards.masked_fill(scored.source == Source.DEMONSTRATION, 1.0)
         # Without reward they do not enter the statistics behind the others' advantages
         return rewards.masked_fill(self._prompt_weights(scored)[:, :2].sum(1) == 0, torch.nan)
-
-    def _demonstrates(self) -> bool:
-        return self.args.hpt_mode != "none" and self.model.training
 
     def _prompt_weights(self, scored: ScoredBatch) -> torch.Tensor:
         """Weights of RL, off-policy RL and SFT for the prompt of each row, `(rows, 3)`."""
@@ -324,17 +318,16 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     def select(self, record: RolloutRecord, scored: ScoredBatch) -> None:
         # Before other methods choose among what is left
-        if self.args.hpt_mode != "none":
-            weights = self._prompt_weights(scored)
-            # The base averages over the rows that are left, Eq. 13 over all prompts
-            share = (weights[:, 0] > 0).float().mean()
-            shown = scored.source == Source.DEMONSTRATION
-            row_weight = (weights[:, 0] * share).masked_fill(shown, 0.0)
-            record.row_weight = record.row_weight * row_weight[scored.local]
-            shown = shown.float().unsqueeze(1) * weights
-            record.statistics["hpt/off_policy_weight"] = shown[scored.local, 1]
-            record.statistics["hpt/sft_weight"] = shown[scored.local, 2]
-            self.log_metric("hpt/sft_prompt_fraction", (weights[:, 2] > 0).float().mean())
+        weights = self._prompt_weights(scored)
+        # The base averages over the rows that are left, Eq. 13 over all prompts
+        share = (weights[:, 0] > 0).float().mean()
+        shown = scored.source == Source.DEMONSTRATION
+        row_weight = (weights[:, 0] * share).masked_fill(shown, 0.0)
+        record.row_weight = record.row_weight * row_weight[scored.local]
+        shown = shown.float().unsqueeze(1) * weights
+        record.statistics["hpt/off_policy_weight"] = shown[scored.local, 1]
+        record.statistics["hpt/sft_weight"] = shown[scored.local, 2]
+        self.log_metric("hpt/sft_prompt_fraction", (weights[:, 2] > 0).float().mean())
         super().select(record, scored)
 
     def prepare_objective(self, record: RolloutRecord) -> None:
@@ -354,8 +347,6 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
         return rows
 
     def objective(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
-        if self.args.hpt_upge_instance is None:
-            return super().objective(stats, record)
         found, advantages = self._coefficient(self.args.estimator(), stats, record)
         live = record.loss_mask * (record.row_weight > 0).unsqueeze(1) * (advantages != 0)
         self.log_mean("upge/coefficient", (found * live).sum(), live.sum())
@@ -387,7 +378,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     def extra_terms(self, stats: PolicyStatistics, record: RolloutRecord) -> list[LossTerm]:
         terms = super().extra_terms(stats, record)
-        if not self._demonstrates():
+        if not self.model.training:
             return terms
         parts = [("sft", "sft", self.args.hpt_sft_coef)]
         if self.args.hpt_mode == "soft":
@@ -402,10 +393,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     def before_update(self, grad_norm: torch.Tensor) -> None:
         super().before_update(grad_norm)
-        limit = self.args.hpt_max_grad_norm_skip
-        if limit is None:
-            return
-        skipped = not bool(grad_norm <= limit)
+        skipped = not bool(grad_norm <= self.args.hpt_max_grad_norm_skip)
         if skipped:
             self.model.zero_grad(set_to_none=True)
         self.log_metric("hpt/skipped_steps", float(skipped))

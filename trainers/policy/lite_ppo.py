@@ -73,17 +73,18 @@ class LitePpoGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("lite_ppo")
-    replaces = {"baseline": {"lite_ppo_reward_mean_scope": "group"}, "scale": {"scale_rewards": "group"}}
+    replaces = {
+        "baseline": {"lite_ppo_reward_mean_scope": "group"},
+        "scale": ({"scale_rewards": "group"}, {"scale_rewards": "none"}),
+    }
     config_class = LitePpoGRPOConfig
 
     def baseline(self, scored: ScoredBatch, rewards: torch.Tensor) -> torch.Tensor:
-        if self.args.lite_ppo_reward_mean_scope == "group":
-            return super().baseline(scored, rewards)
         return reward_mean(rewards, scored.group_ids, self.args.lite_ppo_reward_mean_scope)
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
-        advantages = super().scale(scored, rewards, centered)
-        if self.scale_rewards == "batch":
-            self.log_metric("lite_ppo/batch_std", group_std(rewards, torch.zeros_like(scored.group_ids))[0])
-            self.log_metric("lite_ppo/max_abs_advantage", torch.nan_to_num(advantages).abs().max())
+        std = group_std(rewards, torch.zeros_like(scored.group_ids))
+        advantages = centered / (std + 1e-4)
+        self.log_metric("lite_ppo/batch_std", std[0])
+        self.log_metric("lite_ppo/max_abs_advantage", torch.nan_to_num(advantages).abs().max())
         return advantages

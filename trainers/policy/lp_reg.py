@@ -108,17 +108,19 @@ class LpRegGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("lp_reg")
-    extends = {"statistics": {}, "prepare_objective": {}, "trust_region": {}, "extra_terms": {}}
+    extends = {
+        "statistics": {"lp_reg_beta": 0.0},
+        "prepare_objective": {"lp_reg_beta": 0.0},
+        "trust_region": {"lp_reg_beta": 0.0},
+        "extra_terms": {"lp_reg_beta": 0.0},
+    }
     config_class = LpRegGRPOConfig
 
     def old_pass_needs(self):
-        needs = super().old_pass_needs()
-        return needs | {"logps", "hidden_states"} if self.args.lp_reg_beta > 0 else needs
+        return super().old_pass_needs() | {"logps", "hidden_states"}
 
     def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
         super().collect_statistics(record, scored, old_pass)
-        if self.args.lp_reg_beta == 0:
-            return
         mask = record.completion_mask.bool()
         log_threshold = torch.zeros_like(old_pass.logps)
         log_kept = torch.zeros_like(old_pass.logps)
@@ -143,8 +145,6 @@ class LpRegGRPOTrainer(PolicyTrainer):
 
     def prepare_objective(self, record: RolloutRecord) -> None:
         super().prepare_objective(record)
-        if self.args.lp_reg_beta == 0:
-            return
         candidates = record.loss_mask.bool() & (record.row_weight > 0).unsqueeze(1)
         if self.args.lp_reg_scope == "negative_tokens":
             candidates = candidates & (column(record.advantages) < 0)
@@ -155,13 +155,10 @@ class LpRegGRPOTrainer(PolicyTrainer):
 
     def trust_region(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
         super().trust_region(stats, record)
-        if self.args.lp_reg_beta > 0:
-            stats.unclip(self._protected(stats, record))
+        stats.unclip(self._protected(stats, record))
 
     def extra_terms(self, stats: PolicyStatistics, record: RolloutRecord) -> list[LossTerm]:
         terms = super().extra_terms(stats, record)
-        if self.args.lp_reg_beta == 0:
-            return terms
         protected = self._protected(stats, record)
         counted = protected & (record.row_weight > 0).unsqueeze(1)
         self.log_metric("lp_reg/regularized_tokens", self.accelerator.reduce(counted.sum().float(), "sum"))

@@ -75,30 +75,24 @@ class ScafGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("scaf_grpo")
-    extends = {"columns": {}}
-    replaces = {"repair": {"scaf_exempt_ratio": 1.0}}
+    extends = {"columns": {"scaf_exempt_ratio": 1.0, "scaf_exempt_steps": None}}
+    replaces = {"repair": {"scaf_exempt_ratio": 1.0, "scaf_exempt_steps": None}}
     config_class = ScafGRPOConfig
 
     @classmethod
-    def _scaffolds(cls, args) -> bool:
-        return args.scaf_exempt_ratio < 1 or args.scaf_exempt_steps is not None
-
-    @classmethod
     def needed_columns(cls, args):
-        return super().needed_columns(args) + [args.scaf_hints_column] * cls._scaffolds(args)
+        return [*super().needed_columns(args), args.scaf_hints_column]
 
     def groups_to_repair(self, scored: ScoredBatch) -> torch.Tensor | None:
-        failing = super().groups_to_repair(scored)
         if not self._due():
-            return failing
-        mine = self.solved_share(scored) == 0
-        self.log_metric("scaf/trigger_rate", mine.float().mean())
-        if not bool(mine.any()):
+            return None
+        failing = self.solved_share(scored) == 0
+        self.log_metric("scaf/trigger_rate", failing.float().mean())
+        if not bool(failing.any()):
             self.log_metric("scaf/repaired_groups", 0.0)
-        return mine if failing is None else mine | failing
+        return failing
 
     def repair(self, draft: Draft) -> None:
-        super().repair(draft)
         if not self._due():
             return
         groups = (self.solved_share(draft.scored) == 0).nonzero().squeeze(1).tolist()
@@ -130,8 +124,6 @@ class ScafGRPOTrainer(PolicyTrainer):
     def _due(self) -> bool:
         """Whether hints are given at this step."""
         args = self.args
-        if not self._scaffolds(args):
-            return False
         exempt = exempt_steps(args.scaf_exempt_ratio, self.state.max_steps, args.scaf_exempt_steps)
         return self.state.global_step >= exempt
 

@@ -4,6 +4,7 @@ import torch
 
 from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
+from ...losses.policy.groups import weighted_sum
 from ...losses.policy.two_stage_math import cosine_reward, relative_length_reward
 from .base import PolicyConfig, PolicyTrainer
 from .record import ScoredBatch
@@ -58,8 +59,8 @@ class TwoStageMathGRPOConfig(PolicyConfig):
         (short, long), (wrong_short, wrong_long) = self.two_stage_cosine_right, self.two_stage_cosine_wrong
         if not short >= long >= wrong_long >= wrong_short:
             raise ValueError(
-                "`two_stage_cosine_right` must fall, `two_stage_cosine_wrong` must rise, and a right completion be worth more at any "
-                f"length, got {self.two_stage_cosine_right} and {self.two_stage_cosine_wrong}."
+                "`two_stage_cosine_right` must fall, `two_stage_cosine_wrong` must rise, and a right completion be "
+                f"worth more at any length, got {self.two_stage_cosine_right} and {self.two_stage_cosine_wrong}."
             )
         shaped = self.two_stage_cosine_weight > 0 or self.two_stage_relative_length_weight > 0
         if shaped and self.multi_objective_aggregation != "sum_then_normalize":
@@ -87,7 +88,8 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
     Lengths are tokens here and groups those of all ranks; the released code counts characters and compares what one
     process holds. The paper's R is whether a boxed answer stands before the end of thinking
     (`--reward_funcs boxed_format`); correctness enters through the length rewards alone. For that, pass both rewards
-    with `two_stage_correctness_reward` and weights 0 and 1. The usual R, correctness, is weighted like the others here.
+    with `two_stage_correctness_reward` and weights 0 and 1. The usual R, correctness, is weighted like the others
+    here.
 
     Relations:
         DLER gives no reward beyond a hard limit instead. [`~papertrl.rewards.cosine_length`] and
@@ -118,10 +120,8 @@ class TwoStageMathGRPOTrainer(PolicyTrainer):
             raise ValueError(f"`two_stage_correctness_reward` must be one of {self.reward_func_names}, got {name!r}.")
 
     def combine_rewards(self, scored: ScoredBatch) -> torch.Tensor:
-        combined = super().combine_rewards(scored)
         args = self.args
-        if args.two_stage_cosine_weight == 0 and args.two_stage_relative_length_weight == 0:
-            return combined
+        combined = weighted_sum(scored.rewards, self.reward_weights.to(scored.rewards.device))
         name = args.two_stage_correctness_reward
         if name is None:
             correct = self.solved(scored)

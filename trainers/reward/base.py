@@ -93,6 +93,14 @@ class RewardModelTrainer(MethodTrainer, RewardTrainer):
     def dataset_formats(cls, args: Any) -> tuple[str, ...]:
         return ("pairs",)
 
+    # Nothing is sampled
+    sampled_tokens = 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens that training has gone through so far."""
+        return int(self._total_train_tokens)
+
     def method_state(self) -> dict[str, Any]:
         return super().method_state() | {"num_tokens": self._total_train_tokens}
 
