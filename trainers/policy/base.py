@@ -269,6 +269,8 @@ class PolicyTrainer(MethodTrainer, PolicyRounds):
 
     def prepare_objective(self, record: RolloutRecord) -> None:
         """Stage *prepare objective*: put what the loss needs of the whole selected batch into `record.statistics`."""
+        for component in self.slots:
+            component.prepared(record)
 
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         """Stage *feedback*: update state from a finished batch; from values that are the same on every rank."""

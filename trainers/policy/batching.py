@@ -35,6 +35,15 @@ class PolicyBatching(PolicyScoring):
         nonzero = record.advantages != 0
         return live & (nonzero if nonzero.dim() == 1 else nonzero.any(1))
 
+    def coupled_micro_batches(self) -> str | None:
+        size, group = self.args.per_device_train_batch_size, self.num_generations
+        if self._regroups and size % group == 0:
+            return None
+        return (
+            "completions of one prompt lie in several of them. Make `per_device_train_batch_size` a multiple of "
+            "`num_generations`, and leave `group_batches` on"
+        )
+
     def _set_up_batching(self) -> None:
         self._regroups = self.args.group_batches or self.args.skip_zero_rows
         reason = self._why_not_regrouped() if self._regroups else None

@@ -124,7 +124,7 @@ class PolicyObjective(GRPOTrainer):
             per_token_loss = per_token_loss * self._off_policy_mask(stats, record)
         if stats.entropy_mask is not None:
             per_token_loss = per_token_loss * stats.entropy_mask
-        if self.use_vllm and self.vllm_importance_sampling_correction and self.loss_type != "vespo":
+        if record.importance_sampling_ratio is not None and self.loss_type != "vespo":
             per_token_loss = per_token_loss * record.importance_sampling_ratio
         if self.beta != 0.0:
             divergence = self.divergence(stats, record)

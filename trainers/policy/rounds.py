@@ -52,10 +52,7 @@ class PolicyRounds(PolicyRollout):
             prompts (`list`):
                 Prompt of each row, as text or messages.
         """
-        generation = Generation.from_trl(inputs, prompts, super()._generate(prompts))
-        for component in self.slots:
-            component.sampled()
-        return generation
+        return Generation.from_trl(inputs, prompts, super()._generate(prompts))
 
     def score(self, scored: ScoredBatch) -> torch.Tensor:
         """Stage *score*: rewards `(rows, sources)` from what the reward functions returned, in `scored.rewards`."""
@@ -227,6 +224,8 @@ class PolicyRounds(PolicyRollout):
 
     def _round(self, inputs: list[dict[str, Any]], prompts: list[Any], indices: list[int] | None):
         generation = self.rollout(inputs, prompts)
+        for component in self.slots:
+            component.sampled()
         scored = self._score(generation, indices)
         failing = self.groups_to_repair(scored) if self.model.training else None
         if failing is None or not bool(failing.any()):
