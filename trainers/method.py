@@ -55,7 +55,9 @@ class MethodTrainer(Staged):
         listed = [component for base in cls.__mro__ for component in base.__dict__.get("components", ())]
         cls.components = tuple(dict.fromkeys(listed))
         owners = cls.owners()
-        cls.methods = tuple(dict.fromkeys([*cls.methods, *(c.method for c in cls.components)]))
+        # What a method carries is a part of it, and no method beside it
+        carried = {component for owner in owners for component in owner.__dict__["components"]}
+        cls.methods += tuple(component.method for component in cls.components if component not in carried)
         if not cls.methods:
             return
         configs = tuple(owner.__dict__.get("config_class", owner.config_class) for owner in owners)
@@ -69,7 +71,7 @@ class MethodTrainer(Staged):
             "_tag_names": lambda: list(
                 dict.fromkeys(["trl", "papertrl", cls.family.plain, *(tag for m in cls.methods for tag in m.tags)])
             ),
-            "_paper": lambda: _paper_of(cls.methods),
+            "_paper": lambda: _paper_of((*cls.methods, *(c.method for c in cls.components))),
         }
         for name, make in made.items():
             if name not in cls.__dict__ or (name == "config_class" and cls.components):
@@ -187,6 +189,10 @@ class MethodTrainer(Staged):
                 f"Component '{chooser.method.name}' chooses rows and needs a map-style `train_dataset`, got "
                 f"`{type(self.train_dataset).__name__}`. Load the dataset without streaming."
             )
+
+    def coupled_micro_batches(self) -> str | None:
+        """Why micro-batches of one update depend on each other, and what to do, or `None` if they do not."""
+        return None
 
     def _user_links(self, stage: str, function: str) -> tuple[list[Link], list[Link]]:
         user = self.user_stages.get(function)

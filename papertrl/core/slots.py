@@ -130,24 +130,29 @@ class Component:
         """
         raise NotImplementedError
 
+    def observe(self, *finished: Any) -> None:
+        """Slot *prompts*: what came of the chosen rows: `scored` and `record` of a batch in the policy family."""
+
+    # --- prompts and decoding -----------------------------------------------------------------------------------
+
     def needs(self) -> frozenset[str]:
-        """Slot *prompts*: what [`see_rollouts`] needs of the pass over rollouts; see `old_pass_needs`."""
+        """What [`see_rollouts`] needs of the pass over rollouts; see `old_pass_needs` of the policy family."""
         return frozenset()
 
     def see_rollouts(self, record: Any, scored: Any, old_pass: Any) -> None:
-        """Slot *prompts*: the pass over finished rollouts, before advantages; policy family."""
+        """The pass over finished rollouts, where there is one, before advantages; policy family."""
 
-    def observe(self, *finished: Any) -> None:
-        """Slot *prompts*: what came of the chosen rows: `scored` and `record` of a batch in the policy family."""
+    def prepared(self, record: Any) -> None:
+        """Rollouts are selected and their advantages final, before the loss is computed; policy family."""
 
     # --- decoding -----------------------------------------------------------------------------------------------
 
     def logits_processors(self) -> list[Any]:
-        """Slot *decoding*: what changes next-token logits in training before temperature and filters."""
+        """Slot *decoding*: what changes next-token logits of rollouts, before temperature and filters."""
         return []
 
     def sampled(self) -> None:
-        """Slot *decoding*: completions were sampled with the processors that were given last."""
+        """Slot *decoding*: the stage *roll out* is over, which used the processors that were given last, if any."""
 
     # --- reward -------------------------------------------------------------------------------------------------
 

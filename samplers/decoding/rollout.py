@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .cache import GrowingLayer
+from .processors import RowProcessor
 
 # A model that has its own version of one of these generates in a way that the loop below does not know
 _STANDARD = (
@@ -171,7 +172,7 @@ def sample_rollouts(
             As for `generate`; options that it leaves open are the model's, then transformers' defaults.
         processors ([`~transformers.LogitsProcessorList`], *optional*):
             Further processors, in the place that `generate` gives them. They see the rows still in the batch: each
-            must treat a row by its tokens and scores alone.
+            must treat a row by its tokens and scores alone, or be a [`~.processors.RowProcessor`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Needed for `stop_strings`.
         compact_at (`float`, *optional*, defaults to `0.125`):
@@ -202,9 +203,13 @@ def sample_rollouts(
 
     forward = _Forward(model, mask, width, config.max_length)
     logits = forward.prefill(prompts)
+    readers = [processor for processor in processors or () if isinstance(processor, RowProcessor)]
+    for reader in readers:
+        reader.begin(prompts, forward.prompt_mask)
     source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
     logits = logits[source]
-    forward.select(source)
+    for holder in (forward, *readers):
+        holder.select(source)
     batch = _Batch.start(prompts[source], config)
     finished = _Batch.start(prompts[source], config)
 
@@ -232,7 +237,8 @@ def sample_rollouts(
                 finished.write(batch)
                 kept = (~batch.done).nonzero().squeeze(1)
                 batch.select(kept)
-                forward.select(kept)
+                for holder in (forward, *readers):
+                    holder.select(kept)
                 process = build_processors()
             logits = forward.decode(batch.sequences[:, end : end + 1])
             row_steps += len(batch.done)

@@ -17,10 +17,9 @@ from papertrl.losses.policy.hapo import (
     token_group_advantages,
     token_mean,
 )
-from papertrl.samplers.decoding.entropy_temperature import EntropyTemperature
 
-from ..suite import dataset, settings
-from .runs import distributions, gradients, make, metric, run, sampled
+from ..suite import settings
+from .runs import distributions, gradients, metric, run, sampled
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 
@@ -171,23 +170,6 @@ def test_ranges_and_redistribution(shape, alpha, beta):
             assert found[i, t].item() == pytest.approx(expected)
 
 
-@given(shapes, st.floats(0.3, 2.0), st.floats(0, 0.9))
-def test_each_row_is_drawn_at_its_own_temperature(shape, temperature, tau):
-    rows, vocab, seed = shape
-    g = torch.Generator().manual_seed(seed)
-    logits = 2 * torch.randn(rows, vocab + 1, generator=g, dtype=torch.float64)
-    logits[:, 0] = -torch.inf
-    scale = entropy_scale(torch.rand(9, generator=g, dtype=torch.float64), 0.7)
-    processor = EntropyTemperature(scale, tau, temperature)
-    found = torch.softmax(processor(None, logits) / temperature, -1)
-    for i in range(rows):
-        p = torch.softmax(logits[i] / temperature, 0).tolist()
-        entropy = -sum(x * math.log(x) for x in p if x > 0)
-        h = normalized_entropy(torch.tensor([entropy], dtype=torch.float64), *scale).item()
-        expected = torch.softmax(logits[i] / (temperature * (1 + tau * h)), 0)
-        torch.testing.assert_close(found[i], expected, atol=1e-6, rtol=1e-5)
-
-
 def test_entropy_of_logits():
     logits = torch.tensor([[0.0, 0.0, -torch.inf], [5.0, -torch.inf, -torch.inf]])
     torch.testing.assert_close(next_token_entropy(logits, 0.5), torch.tensor([math.log(2), 0.0]))
@@ -288,54 +270,6 @@ def test_advantages_of_a_run(policy_path, tmp_path):
         assert batch["advantages"].tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def keeping_logps(trainer_class):
-    """Subclass that keeps the log-probabilities with which tokens were drawn."""
-
-    class Keeping(trainer_class):
-        drawn = ()
-
-        def _generate_single_turn(self, *args, **kwargs):
-            ids, logps = super()._generate_single_turn(*args, **kwargs)
-            self.drawn = [*self.drawn, logps]
-            return ids, logps
-
-    return Keeping
-
-
-def test_tokens_are_drawn_at_the_temperature_of_their_entropy(policy_path, tmp_path):
-    options = {"temperature": 0.8, "hapo_temperature_tau": 0.6, "per_device_train_batch_size": 8}
-    trainer = run(keeping_logps(HapoGRPOTrainer), policy_path, tmp_path, **options)
-    assert len(trainer.generations) == 3
-    largest = 0.0
-    for number, (_, batch, model, _) in enumerate(trainer.generations):
-        raw = distributions(model, batch, 1.0)
-        entropies = entropies_of(model, batch, 0.8)
-        places = tokens_of(batch)
-        hs = [0.0] * len(places)
-        if number > 0:
-            reference = reference_of(trainer.generations[number - 1], 0.8)
-            hs = h_by_hand([entropies[p].item() for p in places], reference, 0.8)
-        for (i, t), h in zip(places, hs, strict=True):
-            expected = torch.log_softmax(raw[i, t] / (0.8 * (1 + 0.6 * h)), 0)[batch["completion_ids"][i, t]]
-            assert trainer.drawn[number][i][t] == pytest.approx(expected.item(), abs=2e-4)
-            largest = max(largest, abs(h))
-    assert largest > 0.5
-    low, high = metric(trainer, "hapo/temperature_min"), metric(trainer, "hapo/temperature_max")
-    assert len(low) == 2 and all(0.8 * 0.4 - 1e-6 <= a < b <= 0.8 * 1.6 + 1e-6 for a, b in zip(low, high, strict=True))
-
-
-def test_evaluation_samples_at_the_plain_temperature(policy_path, tmp_path):
-    trainer = make(keeping_logps(HapoGRPOTrainer), policy_path, tmp_path, hapo_temperature_tau=0.6)
-    trainer._hapo_scale = torch.tensor([0.0, -1.0, 1.0])
-    kept = trainer._hapo_scale.clone()
-    trainer.evaluate(dataset("policy").select(range(4)))
-    for number, (_, batch, model, _) in enumerate(trainer.generations):
-        logps = sampled(distributions(model, batch), batch)
-        for i, t in tokens_of(batch):
-            assert trainer.drawn[number][i][t] == pytest.approx(logps[i, t].item(), abs=2e-4)
-    assert torch.equal(trainer._hapo_scale, kept)
-
-
 def test_padding_does_not_enter(policy_path, tmp_path):
     trainer = run(HapoGRPOTrainer, policy_path, tmp_path, **(FIRING | {"max_steps": 1}))
     trainer.current_gradient_accumulation_steps = 2
@@ -363,13 +297,6 @@ def test_half_precision_run(policy_path, tmp_path):
     trainer = run(HapoGRPOTrainer, policy_path, tmp_path, **(FIRING | {"bf16": True}))
     assert all(math.isfinite(loss) for loss in metric(trainer, "loss"))
     assert max(metric(trainer, "hapo/advantage_change")) > 0
-
-
-def test_a_model_without_the_rollout_loop_is_refused(policy_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("papertrl.trainers.policy.sampling.supported", lambda *_: "of a test")
-    with pytest.raises(ValueError, match="`hapo_temperature_tau` must be 0 with this model"):
-        run(HapoGRPOTrainer, policy_path, tmp_path)
-    assert metric(run(HapoGRPOTrainer, policy_path, tmp_path, hapo_temperature_tau=0.0), "loss")
 
 
 @pytest.mark.parametrize(

@@ -318,10 +318,6 @@ def test_without_a_learning_signal_nothing_moves(reward, policy_path, tmp_path):
             {"multi_objective_aggregation": "normalize_then_sum"},
             "`multi_objective_aggregation` must be 'sum_then_normalize', got .*oblr_weight='none'",
         ),
-        (
-            {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"},
-            "`lr_scheduler_type` must not be one of .*got 'reduce_lr_on_plateau'.*snr_lr=False",
-        ),
     ],
 )
 def test_bad_values_are_refused(values, message, tmp_path):

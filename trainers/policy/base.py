@@ -183,6 +183,14 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         found = [*self.deciding("rollout", args), *self.acting("repair", args), *self.acting("demonstrate", args)]
         return list(dict.fromkeys(owner.method.name for owner in found))
 
+    def coupled_micro_batches(self) -> str | None:
+        if self.batching is not None and self.args.per_device_train_batch_size % self.num_generations == 0:
+            return None
+        return (
+            "completions of one prompt lie in several of them. Make `per_device_train_batch_size` a multiple of "
+            "`num_generations`, and leave `group_batches` on"
+        )
+
     def choosing_itself(self) -> bool:
         return True
 

@@ -94,6 +94,8 @@ class GenerationBatch:
     ) -> tuple[Generation, ScoredBatch]:
         trainer = self.trainer
         rollouts = trainer.rollout(inputs, prompts)
+        for component in trainer.slots:
+            component.sampled()
         scored = score_groups(trainer, rollouts, self.group_size, indices)
         failing = trainer.groups_to_repair(scored) if self.training else None
         if failing is None or not bool(failing.any()):

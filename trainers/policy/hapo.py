@@ -1,50 +1,45 @@
 """HAPO on GRPO."""
 
 import dataclasses
-from typing import Any
 
 import torch
-from transformers import LogitsProcessorList
 
 from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
 from ...losses.policy.hapo import (
     advantage_factor,
-    entropy_scale,
     normalized_entropy,
     range_factors,
     token_group_advantages,
     token_mean,
 )
-from ...samplers.decoding.entropy_temperature import EntropyTemperature
+from ...samplers.decoding.entropy_temperature import (
+    SCALE,
+    EntropyTemperature,
+    EntropyTemperatureConfig,
+    measure_entropies,
+)
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics, column
 from .passes import OldPass
-from .record import Generation, RolloutRecord, ScoredBatch
+from .record import RolloutRecord, ScoredBatch
 
 _LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo")
-_SCALE = ("pivot", "lowest", "highest")
+# Neither redistribution nor clipping: entropies do not matter
+_NO_SHAPING = {"hapo_adv_beta": 0.0, "hapo_clip_alpha": 0.0}
 
 
 @method_config
-class HapoGRPOConfig(PolicyConfig):
+class HapoGRPOConfig(EntropyTemperatureConfig, PolicyConfig):
     """
-    Configuration of [`HapoGRPOTrainer`].
+    Configuration of [`HapoGRPOTrainer`]; its temperature's fields are those of
+    [`~papertrl.samplers.decoding.entropy_temperature.EntropyTemperatureConfig`].
 
     TRL fields with the paper's values as defaults: `epsilon_high` 0.28, and `delta` 10 (dual clip). Its other
     `loss_type="dapo"`, `epsilon=0.2` and `temperature=1` are TRL's own. The ratio matters where a generation batch
     serves several updates: set `num_iterations`, or `steps_per_generation` above `gradient_accumulation_steps`.
     """
 
-    hapo_entropy_quantile: float = method_field(
-        0.8, "Quantile of the tokens' entropies above which one counts as high.", ge=0, le=1
-    )
-    hapo_temperature_tau: float = method_field(
-        0.1,
-        "τ: tokens are drawn at temperature T · (1 + τh). The released recipe has 0.05. 0 samples as GRPO.",
-        ge=0,
-        lt=1,
-    )
     hapo_token_group_average: bool = method_field(
         True, "Whether mean and deviation of a group's rewards run over its tokens instead of its completions."
     )
@@ -56,12 +51,6 @@ class HapoGRPOConfig(PolicyConfig):
     )
     hapo_adv_beta: float = method_field(1.0, "β of the redistribution of advantages. 0 leaves them.", ge=0, le=1)
     hapo_clip_alpha: float = method_field(1.0, "α of the adaptive clip ranges. 0 leaves them.", ge=0, le=1)
-    hapo_sign: str = method_field(
-        "signed",
-        "Sign of the normalized entropy h: negative below the quantile (the paper), or never (the released code), by "
-        "which no token counts as one of low entropy.",
-        choices=("signed", "released"),
-    )
     epsilon_high: float | None = method_field(0.28, "Upper clip range of the ratio.", ge=0, optional=True)
     delta: float | None = method_field(
         10.0, "Bound of the ratio where the advantage is negative (dual clip).", gt=1, optional=True
@@ -69,17 +58,6 @@ class HapoGRPOConfig(PolicyConfig):
 
     def validate(self):
         super().validate()
-        if self.hapo_temperature_tau > 0:
-            for name, value in (
-                ("use_vllm", False),
-                ("use_transformers_continuous_batching", False),
-                ("fast_rollouts", True),
-            ):
-                if getattr(self, name) is not value:
-                    raise ValueError(
-                        "HAPO's temperature of single tokens needs the rollout loop of this library: "
-                        f"`{name}` must be {value}, got {not value}. Change it, or set `hapo_temperature_tau=0`."
-                    )
         if self.hapo_token_group_average and self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
                 "HAPO's group average normalizes the summed reward: `multi_objective_aggregation` must be "
@@ -139,53 +117,22 @@ class HapoGRPOTrainer(PolicyTrainer):
     """
 
     method = declared("hapo")
-    extends = {"rollout": {}, "statistics": {}, "prepare_objective": {}, "trust_region": {}, "objective": {}}
+    components = (EntropyTemperature,)
+    extends = {
+        "statistics": _NO_SHAPING,
+        "prepare_objective": _NO_SHAPING,
+        "trust_region": {"hapo_clip_alpha": 0.0},
+        "objective": {"hapo_adv_beta": 0.0},
+    }
     replaces = {"baseline": {"hapo_token_group_average": False}, "scale": {"hapo_token_group_average": False}}
     config_class = HapoGRPOConfig
-
-    def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
-        # Of the last generation batch, for the next one
-        self._hapo_scale: torch.Tensor | None = None
-        self._hapo_temperatures: EntropyTemperature | None = None
-        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
-
-    # --- Temperature --------------------------------------------------------------------------------------------
-
-    def logits_processors(self) -> LogitsProcessorList:
-        processors = super().logits_processors()
-        if self.args.hapo_temperature_tau == 0 or not self.model.training or self._hapo_scale is None:
-            return processors
-        self._hapo_temperatures = EntropyTemperature(
-            self._hapo_scale, self.args.hapo_temperature_tau, self.temperature, self._hapo_signed
-        )
-        return LogitsProcessorList([*processors, self._hapo_temperatures])
-
-    def rollout(self, inputs: list[dict[str, Any]], prompts: list[Any]) -> Generation:
-        generation = super().rollout(inputs, prompts)
-        if self.args.hapo_temperature_tau > 0 and not self.args.fast_rollouts:
-            raise ValueError(
-                "`hapo_temperature_tau` must be 0 with this model, which the rollout loop of this library does not "
-                f"support, got {self.args.hapo_temperature_tau}."
-            )
-        if self._hapo_temperatures is not None:
-            temperatures = self.temperature * torch.cat(self._hapo_temperatures.factors)
-            self._hapo_temperatures = None
-            self.log_mean("hapo/temperature_mean", temperatures.sum(), temperatures.new_tensor(len(temperatures)))
-            extremes = self.accelerator.gather(torch.stack([temperatures.min(), temperatures.max()]))
-            self.log_metric("hapo/temperature_min", extremes.min())
-            self.log_metric("hapo/temperature_max", extremes.max())
-        return generation
 
     # --- Token-level group average ------------------------------------------------------------------------------
 
     def baseline(self, scored: ScoredBatch, rewards: torch.Tensor) -> torch.Tensor:
-        if not self.args.hapo_token_group_average:
-            return super().baseline(scored, rewards)
         return token_mean(rewards, scored.lengths, scored.group_ids)
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
-        if not self.args.hapo_token_group_average:
-            return super().scale(scored, rewards, centered)
         advantages, fell = token_group_advantages(
             rewards, centered, scored.lengths, scored.group_ids, self.args.hapo_fallback
         )
@@ -194,47 +141,29 @@ class HapoGRPOTrainer(PolicyTrainer):
 
     # --- Entropies ----------------------------------------------------------------------------------------------
 
-    @property
-    def _hapo_signed(self) -> bool:
-        return self.args.hapo_sign == "signed"
-
-    @property
-    def _hapo_needs_entropies(self) -> bool:
-        args = self.args
-        return args.hapo_temperature_tau > 0 or args.hapo_adv_beta > 0 or args.hapo_clip_alpha > 0
-
     def old_pass_needs(self):
-        needs = super().old_pass_needs()
-        return needs | {"entropy"} if self._hapo_needs_entropies else needs
+        return super().old_pass_needs() | {"entropy"}
 
     def collect_statistics(self, record: RolloutRecord, scored: ScoredBatch, old_pass: OldPass) -> None:
         super().collect_statistics(record, scored, old_pass)
-        if self._hapo_needs_entropies:
-            record.statistics["hapo/entropies"] = old_pass.entropies.detach()
+        record.statistics["hapo/entropies"] = old_pass.entropies.detach()
 
     def prepare_objective(self, record: RolloutRecord) -> None:
         super().prepare_objective(record)
-        if not self._hapo_needs_entropies:
-            return
-        tokens = record.loss_mask.bool() & (record.row_weight > 0).unsqueeze(1)
-        entropies = self.gather_ragged(record.statistics["hapo/entropies"][tokens].float(), fill=-1.0)
-        scale = entropy_scale(entropies, self.args.hapo_entropy_quantile)
-        for name, value in zip(_SCALE, scale, strict=True):
-            record.statistics[f"hapo/{name}"] = value.expand(record.row_weight.shape[0]).clone()
-        if self.model.training:
-            self._hapo_scale = scale
+        # The temperature, where it is on, has measured them
+        if SCALE[0] not in record.statistics:
+            measure_entropies(self, record, self.args.hapo_entropy_quantile)
 
     def _hapo_h(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
         """h of every token of the loss, by its current entropy; 0 elsewhere."""
-        scale = [record.statistics[f"hapo/{name}"].unsqueeze(1) for name in _SCALE]
-        return normalized_entropy(stats.entropies.float(), *scale, signed=self._hapo_signed) * record.loss_mask
+        scale = [record.statistics[name].unsqueeze(1) for name in SCALE]
+        signed = self.args.hapo_sign == "signed"
+        return normalized_entropy(stats.entropies.float(), *scale, signed=signed) * record.loss_mask
 
     # --- Redistribution and clipping ----------------------------------------------------------------------------
 
     def trust_region(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
         super().trust_region(stats, record)
-        if self.args.hapo_clip_alpha == 0:
-            return
         low, high = range_factors(self._hapo_h(stats, record), self.args.hapo_clip_alpha)
         stats.epsilon_low, stats.epsilon_high = stats.epsilon_low * low, stats.epsilon_high * high
         count = record.loss_mask.sum()
@@ -242,8 +171,6 @@ class HapoGRPOTrainer(PolicyTrainer):
         self.log_mean("hapo/clip_high_mean", (self.epsilon_high * high * record.loss_mask).sum(), count)
 
     def objective(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
-        if self.args.hapo_adv_beta == 0:
-            return super().objective(stats, record)
         h, mask = self._hapo_h(stats, record), record.loss_mask
         # The zone is HAPO's own, whatever other methods do to the range
         low, high = range_factors(h, self.args.hapo_clip_alpha)
@@ -255,13 +182,3 @@ class HapoGRPOTrainer(PolicyTrainer):
         self.log_mean("hapo/h_high_fraction", (h > 0).sum(), count)
         self.log_mean("hapo/advantage_change", ((factor - 1).abs() * mask).sum(), count)
         return super().objective(stats, dataclasses.replace(record, advantages=column(record.advantages) * factor))
-
-    # --- State --------------------------------------------------------------------------------------------------
-
-    def method_state(self) -> dict[str, Any]:
-        return super().method_state() | {"hapo": {"scale": self._hapo_scale}}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        super().load_method_state(state)
-        scale = state["hapo"]["scale"]
-        self._hapo_scale = None if scale is None else scale.to(self.accelerator.device)

@@ -28,7 +28,7 @@ def policy_loss(trainer: Any, model: torch.nn.Module, record: RolloutRecord) -> 
         per_token_loss = per_token_loss * _off_policy_mask(trainer, stats, record)
     if stats.entropy_mask is not None:
         per_token_loss = per_token_loss * stats.entropy_mask
-    if trainer.use_vllm and trainer.vllm_importance_sampling_correction and trainer.loss_type != "vespo":
+    if record.importance_sampling_ratio is not None and trainer.loss_type != "vespo":
         per_token_loss = per_token_loss * record.importance_sampling_ratio
     if trainer.beta != 0.0:
         divergence = trainer.divergence(stats, record)

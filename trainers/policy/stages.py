@@ -53,10 +53,7 @@ class PolicyStages:
             prompts (`list`):
                 Prompt of each row, as text or messages.
         """
-        generation = self.generate(inputs, prompts)
-        for component in self.slots:
-            component.sampled()
-        return generation
+        return self.generate(inputs, prompts)
 
     def logits_processors(self) -> LogitsProcessorList:
         """
@@ -198,6 +195,8 @@ class PolicyStages:
 
     def prepare_objective(self, record: RolloutRecord) -> None:
         """Stage *prepare objective*: put what the loss needs of the whole selected batch into `record.statistics`."""
+        for component in self.slots:
+            component.prepared(record)
 
     def observe_batch(self, scored: ScoredBatch, record: RolloutRecord) -> None:
         """Stage *feedback*: update state from a finished batch; from values that are the same on every rank."""
