@@ -1,22 +1,27 @@
 """The pages for people say what the code does: their examples run, their tables are complete."""
 
 import dataclasses
+import doctest
+import importlib
+import importlib.util
 import re
 import sys
 import types
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from datasets import Dataset
+from trl import GRPOConfig, GRPOTrainer
 
-from papertrl.core.catalogue import BASES, METHODS, method_table
-from papertrl.evidence.tables import evidence_sections, read_results, summary_table
+import papertrl
+from papertrl import compose
+from papertrl.core import catalogue, declaration
+from papertrl.core.family import FAMILIES
+from papertrl.trainers.method import MethodTrainer
 from papertrl.trainers.policy.base import PolicyTrainer
 from papertrl.trainers.policy.record import RolloutRecord, ScoredBatch
-from papertrl.trainers.preference.base import PreferenceTrainer
-from papertrl.trainers.supervised.base import SupervisedTrainer
-
-from . import suite, test_catalogue
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,62 +41,172 @@ def run_as_module(source: str, path: str) -> types.ModuleType:
     return module
 
 
+def script() -> types.ModuleType:
+    """`scripts/write_method_index.py`."""
+    spec = importlib.util.spec_from_file_location("write_method_index", ROOT / "scripts/write_method_index.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def stages_told() -> dict[str, list[str]]:
+    """Stages in the tables of docs/stages.md, by the base class in the heading above."""
+    told = {}
+    for section in re.split(r"^## ", (ROOT / "docs/stages.md").read_text(), flags=re.MULTILINE)[1:]:
+        if named := re.search(r"`(\w+)", section.partition("\n")[0]):
+            told[named[1]] = re.findall(r"^\| `(\w+)` \| `\w+\(", section, flags=re.MULTILINE)
+    return told
+
+
 def test_stages_page_names_every_stage_and_field():
+    told = stages_told()
+    common = told.pop(MethodTrainer.__name__)
+    for family in FAMILIES.values():
+        if importlib.util.find_spec(family.module) is None:
+            continue
+        stages = list(getattr(importlib.import_module(family.module), family.base).stages)
+        assert told[family.base] == [stage for stage in stages if stage in told[family.base]]
+        assert {*told[family.base], *common} >= set(stages) >= set(common)
     text = (ROOT / "docs/stages.md").read_text()
-    policy, rest = text.split("## Preference:")
-    preference, supervised = rest.split("## Supervised:")
-    for trainer, part in ((PolicyTrainer, policy), (PreferenceTrainer, preference), (SupervisedTrainer, supervised)):
-        assert re.findall(r"^\| `(\w+)` \| `\w+\(", part, flags=re.MULTILINE) == list(trainer.stages)
     for record in (ScoredBatch, RolloutRecord):
         for f in dataclasses.fields(record):
-            assert f"`{f.name}`" in policy
+            assert f"`{f.name}`" in text
 
 
-def test_stages_page_says_who_uses_a_stage():
-    rows = re.findall(r"^\| `(\w+)` \| `\w+\(.*\| ([^|]*) \|$", (ROOT / "docs/stages.md").read_text(), re.MULTILINE)
-    told = {(stage, name) for stage, users in rows for name in re.findall(r"`(\w+)`", users)}
-    from papertrl.core.catalogue import load_trainer
-
-    real = {
-        (stage, name)
-        for name in METHODS
-        for stage in (*load_trainer(name).method.extends, *load_trainer(name).method.replaces)
-    }
-    assert told == real
+def test_pages_are_as_the_script_writes_them():
+    for path, text in script().pages().items():
+        assert path.read_text() == text, "run `python scripts/write_method_index.py`"
 
 
-def test_stages_page_example_runs():
+def test_the_script_sees_who_acts_in_a_stage():
+    users_of = script().users_of
+    assert {"dler", "lite_ppo"} <= set(users_of(FAMILIES["policy"], "scale"))
+    assert users_of(FAMILIES["supervised"], "token_loss") == ["implicit_reward_sft"]
+    page = "## Policy: `PolicyTrainer(GRPOTrainer)`\n\n| `score` | `score(scored)` | rewards | `somebody` |"
+    assert script().with_users(page).endswith("| rewards | `dler` |")
+
+
+def test_the_script_counts_verdicts():
+    results = {"a": {"verdict": "holds"}, "b": {"verdict": "reversed"}, "c": {"verdict": "holds"}}
+    assert script().counts("Some", ["a", "b", "c", "d"], results) == "| Some | 4 | 2 | 0 | 1 | 1 |"
+    with pytest.raises(SystemExit, match="no place for 'counts'"):
+        script().with_text("no marks", "counts", "")
+
+
+def even_digits(completions, **kwargs):
+    return [float(sum(c.isdigit() for c in text) % 2 == 0) for text in completions]
+
+
+ROWS = Dataset.from_dict({"prompt": [f"{i}+{i + 1}=" for i in range(8)]})
+
+
+def short_run(output_dir, **settings) -> dict:
+    common = {"max_steps": 3, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    machine = {"use_cpu": True, "bf16": False, "gradient_checkpointing": False, "seed": 3, "learning_rate": 1e-3}
+    sizes = {"per_device_train_batch_size": 8, "num_generations": 4, "max_completion_length": 8}
+    return {"output_dir": str(output_dir)} | common | machine | sizes | settings
+
+
+def trained(trainer_class: type, model: str, args, reward=even_digits):
+    trainer = trainer_class(model, [reward], args, train_dataset=ROWS)
+    trainer.train()
+    return trainer
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_stages_page_examples_run(policy_path, tmp_path):
+    args = PolicyTrainer.config_class(**short_run(tmp_path))
+    names = {"model": policy_path, "reward": [even_digits], "args": args, "dataset": ROWS}
     for source in blocks("docs/stages.md", "python"):
-        exec(compile(source, "docs/stages.md", "exec"), {})
+        exec(compile(source, "docs/stages.md", "exec"), names)
+    assert names["trainer"].user_stages["scale"].function is names["careful"]
+    names["trainer"].train()
 
 
-def test_adding_a_method_works_as_told(monkeypatch, request, tmp_path):
-    sources = {}
-    for source in blocks("docs/adding_a_method.md", "python"):
-        path = source.splitlines()[0].removeprefix("# ")
-        sources[path] = source
-    monkeypatch.setitem(METHODS, "w_reinforce", "policy")
-    monkeypatch.setitem(suite.ACTIVE, "w_reinforce", {})
-    names = ["losses/policy/w_reinforce.py", "trainers/policy/w_reinforce.py", "tests/policy/test_w_reinforce.py"]
-    for path in names:
-        module = run_as_module(sources[path], path)
-    module.test_weigh_positive_is_the_papers_rule()
+def test_readme_combination_runs():
+    (source,) = [source for source in blocks("README.md", "python") if "class MyTrainer" in source]
+    names: dict = {}
+    exec(
+        compile(source.replace('output_dir="out"', 'output_dir="out", use_cpu=True, bf16=False'), "README.md", "exec"),
+        names,
+    )
+    by_hand, composed = source.partition("MyTrainer = ")[0], names["MyTrainer"]
+    exec(compile(by_hand, "README.md", "exec"), names)
+    assert names["MyTrainer"].methods == composed.methods and len(composed.methods) == 4
+    assert names["args"].lp_reg_rho == 0.01
+
+
+@pytest.fixture
+def declare(monkeypatch, tmp_path):
+    """Declare the method of a page, as if its TOML file were in `methods/`."""
+    folder = tmp_path / "methods"
+    folder.mkdir()
+    monkeypatch.setattr(declaration, "METHODS_FOLDER", folder)
+
+    def declared_by(page: str) -> str:
+        (text,) = [source for source in blocks(page, "toml") if source.startswith("# methods/")]
+        name = text.splitlines()[0].removeprefix("# methods/").removesuffix(".toml")
+        (folder / f"{name}.toml").write_text(text)
+        method = declaration.declared(name)
+        monkeypatch.setitem(catalogue.DECLARATIONS, name, method)
+        monkeypatch.setitem(catalogue.METHODS, name, method.family or method.slot)
+        return name
+
+    yield declared_by
+    catalogue.load.cache_clear()
+    catalogue.load_trainer.cache_clear()
+
+
+def sources_of(page: str) -> dict[str, str]:
+    """Python files that a page writes, by path."""
+    return {source.splitlines()[0].removeprefix("# "): source for source in blocks(page, "python")}
+
+
+def test_adding_a_method_works_as_told(declare, policy_path, tmp_path):
+    assert declare("docs/adding_a_method.md") == "w_reinforce"
+    sources = sources_of("docs/adding_a_method.md")
+    for path in ("losses/policy/w_reinforce.py", "trainers/policy/w_reinforce.py"):
+        run_as_module(sources[path], path)
+    run_as_module(
+        sources["tests/policy/test_w_reinforce.py"], "tests/policy/test_w_reinforce.py"
+    ).test_weigh_positive_is_the_papers_rule()
+    trainer_class, config = papertrl.WReinforceGRPOTrainer, papertrl.WReinforceGRPOConfig
+    assert compose("w_reinforce") is trainer_class
     recipe = yaml.safe_load(blocks("docs/adding_a_method.md", "yaml")[0])
-    trainer = sys.modules["papertrl.trainers.policy.w_reinforce"].WReinforceGRPOTrainer
     assert recipe.pop("method") == "w_reinforce"
-    trainer.config_class(output_dir=str(tmp_path), use_cpu=True, **recipe)
-    # The page promises the whole suite for one line in a table
-    monkeypatch.setattr("papertrl._EXPORTS", __import__("papertrl.core.catalogue", fromlist=["exports"]).exports())
-    test_catalogue.test_declaration_is_complete("w_reinforce")
-    test_catalogue.test_neutral_equals_trl("w_reinforce", request, tmp_path / "neutral")
-    test_catalogue.test_mechanism_fires("w_reinforce", request, tmp_path / "fires")
-    test_catalogue.test_resume_equals_uninterrupted("w_reinforce", request, tmp_path / "resume")
-    test_catalogue.test_pair_trains(("w_reinforce", "dler"), request, tmp_path / "pair")
+    config(output_dir=str(tmp_path), use_cpu=True, **recipe)
+    # Neutral equals TRL, the mechanism acts, and it combines
+    exact = dict(PolicyTrainer.family.exact)
+    neutral = trained(
+        trainer_class, policy_path, config(**short_run(tmp_path, **exact, **trainer_class.method.neutral))
+    )
+    theirs = trained(GRPOTrainer, policy_path, GRPOConfig(**short_run(tmp_path)))
+    for ours, parent in zip(neutral.model.parameters(), theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, parent, rtol=0, atol=0)
+    both = compose("w_reinforce", "dler")
+    for made in (trainer_class, both):
+        assert (
+            max(
+                logged(
+                    trained(made, policy_path, made.config_class(**short_run(tmp_path))), trainer_class.method.signal
+                )
+            )
+            > 0
+        )
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/methods.md"])
-def test_method_table_is_up_to_date(page):
-    assert method_table() in (ROOT / page).read_text(), "run `python scripts/write_method_index.py`"
+def test_adding_a_component_works_as_told(declare, policy_path, tmp_path):
+    assert declare("docs/adding_a_component.md") == "sgdr"
+    for path, source in sources_of("docs/adding_a_component.md").items():
+        module = run_as_module(source, path)
+    (example,) = [e for e in doctest.DocTestFinder(recurse=False).find(module.Sgdr, module=module) if e.examples]
+    assert doctest.DocTestRunner().run(example).failed == 0
+    made = compose("grpo", "sgdr")
+    trainer = trained(made, policy_path, made.config_class(**short_run(tmp_path, sgdr_period=2)))
+    assert logged(trainer, "sgdr/factor") == pytest.approx([module.Sgdr(sgdr_period=2).factor(i) for i in range(3)])
 
 
 def test_links_between_pages_lead_somewhere():
@@ -101,15 +216,7 @@ def test_links_between_pages_lead_somewhere():
 
 
 def test_bases_are_exported():
-    import papertrl
-
-    assert all(hasattr(papertrl, base) for base in BASES.values())
-
-
-@pytest.mark.parametrize("page", ["README.md", "docs/evidence.md"])
-def test_evidence_table_is_up_to_date(page):
-    results = read_results(ROOT / "claims/results")
-    text = (ROOT / page).read_text()
-    assert summary_table(results) in text, "run `python scripts/write_method_index.py`"
-    if page != "README.md":
-        assert evidence_sections(results) in text, "run `python scripts/write_method_index.py`"
+    for family in FAMILIES.values():
+        assert family.base in papertrl.__all__
+        if importlib.util.find_spec(family.module) is not None:
+            assert getattr(papertrl, family.base).family is family

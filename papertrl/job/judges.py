@@ -25,6 +25,7 @@ def named_judges(job: Job) -> tuple[list[Callable], Callable | None]:
     rewards = [checked(load_reward(name, length)) for name in arguments.reward_funcs or []]
     if (
         arguments.dataset_name
+        and is_judged(job)
         and job.trainer_class.needs_scores(job.training)
         and not (rewards or arguments.reward_model or arguments.judge)
     ):

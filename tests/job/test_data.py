@@ -2,6 +2,7 @@ import pytest
 from datasets import Dataset, DatasetDict
 
 from papertrl.core.errors import JobError
+from papertrl.core.family import FAMILIES, POLICY, PREFERENCE, REWARD
 from papertrl.job.arguments import JobArguments
 from papertrl.job.data import check_reward_columns, dataset_data, task_data, task_of
 from papertrl.rewards import checked, exact_match
@@ -28,7 +29,7 @@ def path(request, tmp_path):
 
 
 def test_every_kind_of_local_dataset(path):
-    data = dataset_data("policy", JobArguments(dataset_name=str(path)), [exact_match])
+    data = dataset_data(POLICY, JobArguments(dataset_name=str(path)), [exact_match])
     assert list(data.train["prompt"]) == list(ROWS["prompt"])
     assert [str(a) for a in data.train["answer"]] == list(ROWS["answer"])
     assert (data.problems is not None) == path.joinpath("dataset_dict.json").exists()
@@ -54,7 +55,7 @@ def write(tmp_path, text, name="rows.jsonl"):
 )
 def test_unfit_files_are_refused(family, text, parts, tmp_path):
     with pytest.raises(JobError) as error:
-        dataset_data(family, JobArguments(dataset_name=write(tmp_path, text)), [exact_match], ("pairs",))
+        dataset_data(FAMILIES[family], JobArguments(dataset_name=write(tmp_path, text)), [exact_match], ("pairs",))
     for part in parts:
         assert part in str(error.value)
 
@@ -66,10 +67,10 @@ def test_missing_files_splits_and_hub_ids_are_refused(tmp_path):
         (JobArguments(dataset_name="nobody/nothing"), "'nobody/nothing' cannot be loaded"),
     ]:
         with pytest.raises(JobError, match=part):
-            dataset_data("policy", arguments, [exact_match])
+            dataset_data(POLICY, arguments, [exact_match])
     DatasetDict({"validation": ROWS}).save_to_disk(tmp_path / "data")
     with pytest.raises(JobError, match=r"no split 'train'; it has \['validation'\]"):
-        dataset_data("policy", JobArguments(dataset_name=str(tmp_path / "data")), [exact_match])
+        dataset_data(POLICY, JobArguments(dataset_name=str(tmp_path / "data")), [exact_match])
     with pytest.raises(JobError, match="drop one"):
         task_of(JobArguments(task="addition", dataset_name=file))
 
@@ -84,7 +85,7 @@ def test_columns_that_rewards_read():
 @pytest.mark.parametrize("family", ["policy", "preference", "supervised"])
 def test_views_of_a_task(family, chat):
     arguments = JobArguments(task_size=30, held_out_prompts=10)
-    data = task_data(task_of(arguments), family, arguments, seed=0, chat=chat)
+    data = task_data(task_of(arguments), FAMILIES[family], arguments, seed=0, chat=chat)
     assert len(data.train) == 30 and len(data.problems) == 10
     texts = {"policy": "prompt", "preference": "rejected", "supervised": "completion"}
     assert isinstance(data.train[texts[family]][0], list if chat else str)
@@ -92,12 +93,20 @@ def test_views_of_a_task(family, chat):
     assert isinstance(data.problems["answer"][0], str)
 
 
+def test_a_family_that_scores_answers_is_measured_by_pairs():
+    arguments = JobArguments(task_size=30, held_out_prompts=10)
+    data = task_data(task_of(arguments), REWARD, arguments, seed=0, chat=False)
+    assert data.problems is None and data.measure == "pair_accuracy"
+    assert data.train.column_names == data.eval.column_names == ["prompt", "chosen", "rejected"]
+    assert len(data.train) == 30 and len(data.eval) == 10
+
+
 def test_empty_task_is_refused():
     arguments = JobArguments(task_size=0)
     with pytest.raises(JobError, match="`task_size` must be at least 1"):
-        task_data(task_of(arguments), "policy", arguments, seed=0, chat=False)
+        task_data(task_of(arguments), POLICY, arguments, seed=0, chat=False)
     none_held_out = JobArguments(task_size=5, held_out_prompts=0)
-    assert task_data(task_of(none_held_out), "policy", none_held_out, seed=0, chat=False).problems is None
+    assert task_data(task_of(none_held_out), POLICY, none_held_out, seed=0, chat=False).problems is None
 
 
 def chat(*texts):
@@ -118,11 +127,11 @@ def chat(*texts):
 def test_preference_data_is_converted_to_what_the_methods_take(formats, rows, columns, tmp_path):
     DatasetDict({"train": Dataset.from_list(rows), "test": Dataset.from_list(rows)}).save_to_disk(tmp_path / "data")
     arguments = JobArguments(dataset_name=str(tmp_path / "data"))
-    data = dataset_data("preference", arguments, [exact_match], formats, formats)
+    data = dataset_data(PREFERENCE, arguments, [exact_match], formats, formats)
     assert {"prompt", *columns} <= set(data.train.column_names)
     assert "prompt" in data.problems.column_names
     assert data.eval.to_list() == data.train.to_list()
-    assert dataset_data("preference", arguments, [], formats).eval is None
+    assert dataset_data(PREFERENCE, arguments, [], formats).eval is None
 
 
 def test_formats_that_preference_trainers_take(tmp_path):

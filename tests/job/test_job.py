@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papertrl import cli
+from papertrl.job.arguments import choose
 
 from .conftest import SMALL, flags
 
@@ -42,6 +43,20 @@ def test_other_families_and_combinations(methods, tmp_path, capsys):
     for name in ("model.safetensors", "README.md", "metrics.jsonl", "training_curves.png", "samples.md"):
         assert f"out/{name}" in out and (tmp_path / "out" / name).exists()
     assert "Held-out accuracy (greedy, 8 prompts)" in out
+
+
+def test_a_function_of_the_user_acts_and_is_told_of(tmp_path):
+    (tmp_path / "my_scale.py").write_text("def none(default):\n    return default * 0\n")
+    run = [*flags(max_steps=2, start_model_steps=20), "--stage", "scale=my_scale.none", "--output_dir", "out"]
+    assert cli.main(["train", "--methods", "grpo", "gain_rl", *run]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["loss"] for line in lines if "loss" in line] == [0.0, 0.0]
+    told = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert told["stages"] == {"scale": "my_scale.none"}
+    assert [(method["name"], method["slot"]) for method in told["methods"]] == [("gain_rl", "prompts")]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`scale` by `my_scale.none`" in card and "in the slot *prompts*" in card and "arxiv:2506.02281" in card
+    assert choose(["--config", "out/recipe.yaml"]).config["stage"] == {"scale": "my_scale.none"}
 
 
 def test_rankings_train_a_preference_method(tmp_path, tiny_path, capsys):
