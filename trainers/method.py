@@ -140,7 +140,7 @@ class MethodTrainer(Staged):
         given = dict(inspect.signature(parent.__init__).bind(self, model, *args, **kwargs).arguments)
         del given["self"]
         config = given["args"] = self.make_config(given.get("args"), model)
-        self.user_stages = check_user_stages(type(self), stages)
+        self.user_stages = check_user_stages(type(self), config, stages)
         # Stages run inside of TRL's constructor, before it sets this
         self.args = config
         self.slots = Components(c for c in (component(config) for component in self.components) if c.on)

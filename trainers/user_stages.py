@@ -104,18 +104,23 @@ def load_function(path: str) -> Callable:
     return function
 
 
-def check_user_stages(trainer_class: type, stages: Mapping[str, Callable | str] | None) -> dict[str, UserStage]:
+def check_user_stages(
+    trainer_class: type, args: Any, stages: Mapping[str, Callable | str] | None
+) -> dict[str, UserStage]:
     """
     Check a user's functions against the stages of a trainer.
 
     Args:
         trainer_class (`type`):
             Trainer of this library.
+        args (config):
+            Config of the trainer.
         stages (`dict[str, Callable]`, *optional*):
             Functions, or dotted paths of functions, by the stage's function.
 
     Raises:
-        `ValueError`: naming the stage and those there are, or the parameter and those that the stage has.
+        `ValueError`: naming the stage and those there are, the parameter and those that the stage has, or the method
+            that decides the stage as well.
         `TypeError`: if something given is no function.
     """
     checked = {}
@@ -139,4 +144,11 @@ def check_user_stages(trainer_class: type, stages: Mapping[str, Callable | str] 
                 f"`{DEFAULT}` (what the others in the stage came to) and `{TRAINER}`; take any of these."
             )
         checked[stage] = UserStage(stage, function, name)
+        deciding = [] if checked[stage].extends else trainer_class.deciding(trainer_class.stage_of(stage), args)
+        if deciding:
+            raise ValueError(
+                f"`stages['{stage}']`: '{deciding[0].method.name}' replaces the stage '{stage}', which '{name}' would "
+                f"do as well. Take a parameter `{DEFAULT}`, to act on what the method came to, or leave one of the two "
+                "out."
+            )
     return checked
