@@ -302,7 +302,7 @@ def parse(choice: Choice) -> Job:
         trainer_class.refuse_clashes(training)
         refuse_shared_slots(trainer_class.components, training)
         find_modules_here()
-        check_user_stages(trainer_class, job.stage)
+        check_user_stages(trainer_class, training, job.stage)
     except (ValueError, TypeError) as error:
         raise UsageError(_with_remedy(str(error))) from error
     if rest:

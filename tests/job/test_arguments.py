@@ -91,6 +91,7 @@ def test_recipes_parse(capsys):
         (["--stage", "scale=a.b", "scale=a.c"], ["`stage` names a stage twice"]),
         (["--stage", "scale=nowhere.mine"], ["`stage`", "no function 'nowhere.mine'"]),
         (["--stage", "scael=math.exp"], ["names 'scael'", "LpRegGRPOTrainer", "'scale'"]),
+        (["--method", "lite_ppo", "--stage", "scale=math.dist"], ["`stages['scale']`"]),
         (["--stage", "scale=math.pi"], ["'math.pi' is no function"]),
         (["--config", "no_such_recipe"], ["no file and no recipe"]),
         (["--lp_reg_bet", "1"], ["--lp_reg_bet", "Did you mean --lp_reg_beta"]),
