@@ -152,10 +152,9 @@ def summary(finished) -> str:
     output = finished.output_dir
     lines = []
     if finished.before is not None:
-        lines.append(
-            f"Held-out {finished.measure.replace('_', ' ')} ({finished.after.how}): {finished.before.mean:.3f} before, "
-            f"{finished.after.mean:.3f} after training"
-        )
+        measure, how = finished.measure.replace("_", " "), finished.after.how
+        before, after = finished.before.mean, finished.after.mean
+        lines.append(f"Held-out {measure} ({how}): {before:.3f} before, {after:.3f} after training")
     weights = sorted(output.glob("*.safetensors"))
     files = [
         ("model", weights[0] if weights else output),

@@ -12,10 +12,10 @@ from trl import GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 from papertrl import OblrPoGRPOTrainer, SnrLearningRate, SnrLearningRateConfig, compose
 from papertrl.core.catalogue import load_trainer
 
-from ..policy.runs import checksum
+from ..harness.resuming import SAVING, assert_resumes
+from ..harness.rollouts import checksum
+from ..harness.table import dataset, history, settings, weights
 from ..policy.test_oblr_po import begins_late
-from ..resuming import SAVING, assert_resumes
-from ..suite import dataset, history, settings, weights
 
 SFT = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_grad_norm": 0.5, "max_length": 32}
 SETTINGS = {"snr_ema": 0.7, "snr_min_multiplier": 0.05}

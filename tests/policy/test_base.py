@@ -8,9 +8,10 @@ from trl import GRPOConfig, GRPOTrainer
 
 from papertrl.core.catalogue import load_trainer
 from papertrl.core.compose import compose
+from papertrl.core.family import POLICY
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 
-from ..suite import PLAIN, active_config, build, dataset, digit_parity, history, settings, weights
+from ..harness.table import active_config, build, dataset, digit_parity, history, settings, weights
 
 OPTIONS = [
     {},
@@ -48,7 +49,9 @@ def run(trainer_class, config_class, model, output_dir, **values):
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "+".join(f"{k}={v}" for k, v in o.items()) or "default")
 def test_base_equals_trl(options, policy_path, tmp_path):
     theirs = run(GRPOTrainer, GRPOConfig, policy_path, tmp_path / "trl", **options)
-    ours = run(PolicyTrainer, PolicyConfig, policy_path, tmp_path / "ours", check_records=True, **PLAIN, **options)
+    ours = run(
+        PolicyTrainer, PolicyConfig, policy_path, tmp_path / "ours", check_records=True, **POLICY.exact, **options
+    )
     expected = weights(theirs)
     for key, value in weights(ours).items():
         torch.testing.assert_close(value, expected[key], rtol=1e-6, atol=1e-8)

@@ -23,8 +23,8 @@ from papertrl.losses.policy.constrained_rlhf import (
     within,
 )
 
-from ..suite import dataset, settings, weights
-from .runs import checksum, distributions, frozen, make, metric, run, sampled
+from ..harness.rollouts import checksum, distributions, frozen, make, metric, run, sampled
+from ..harness.table import dataset, settings, weights
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 numbers = st.floats(-2, 2, width=32)

@@ -18,8 +18,8 @@ from papertrl.losses.policy.d3s import (
     token_scores,
 )
 
-from ..suite import dataset, settings
-from .runs import distributions, gradients, make, metric, run, sampled
+from ..harness.rollouts import distributions, gradients, make, metric, run, sampled
+from ..harness.table import dataset, settings
 
 advantage = st.floats(-3, 3, allow_subnormal=False) | st.sampled_from([0.0, 0.0, 1.0, -1.0])
 

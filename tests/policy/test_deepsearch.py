@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from papertrl import DeepsearchGRPOConfig, DeepsearchGRPOTrainer, DlerGRPOTrainer, PolicyTrainer, compose
+from papertrl.core.catalogue import DECLARATIONS
 from papertrl.losses.policy.deepsearch import back_up, node_advantages, spread_nodes
 from papertrl.trainers.policy.record import Source
 
-from ..suite import ACTIVE, active_config, dataset, settings, weights
-from .runs import checksum, distributions, gradients, make, metric, run, sampled
+from ..harness.rollouts import checksum, distributions, gradients, make, metric, run, sampled
+from ..harness.table import active_config, dataset, settings, weights
 from .test_vllm import FakeClient, train
 
 number = st.floats(-3, 3, allow_subnormal=False)
@@ -102,7 +103,7 @@ def test_every_token_has_the_value_of_its_node(lengths, extra):
 
 # --- The trainer ------------------------------------------------------------------------------------------------
 
-SEARCH = {**ACTIVE["deepsearch"], "num_generations": 4, "per_device_train_batch_size": 6}
+SEARCH = {**DECLARATIONS["deepsearch"].active, "num_generations": 4, "per_device_train_batch_size": 6}
 
 
 def dumped(folder):

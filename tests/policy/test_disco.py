@@ -29,8 +29,8 @@ from papertrl.losses.policy.disco import (
     sampling_divergence,
 )
 
-from ..suite import dataset, settings
-from .runs import checksum, distributions, gradients, make, metric, run, sampled
+from ..harness.rollouts import checksum, distributions, gradients, make, metric, run, sampled
+from ..harness.table import dataset, settings
 
 answers = st.lists(
     st.tuples(st.sampled_from([0, 1, 4]), st.sampled_from([-1.0, 0.0, 1.0]), st.floats(-30, 30)),

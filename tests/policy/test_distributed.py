@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from papertrl.core.catalogue import load_trainer
+from papertrl.core.catalogue import DECLARATIONS
 
-from .distributed_run import RUNS, run
+from ..harness.distributed_policy import RUNS, run
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +19,7 @@ def results(tmp_path_factory, policy_path):
     folder = tmp_path_factory.mktemp("distributed")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     finished = subprocess.run(
-        [*launch, "-m", "tests.policy.distributed_run", str(folder / "two"), policy_path, "2"],
+        [*launch, "-m", "tests.harness.distributed_policy", str(folder / "two"), policy_path, "2"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -36,7 +36,7 @@ def test_two_processes_equal_one(label, results):
     names = RUNS[label][0]
     two, one = (json.loads((results / n / f"{label}.json").read_text()) for n in ("two", "one"))
     for name in names:
-        signal = load_trainer(name).method.signal
+        signal = DECLARATIONS[name].signal
         assert max(entry[signal] for entry in one if signal in entry) > 0, signal
     for got, expected in zip(two, one, strict=True):
         assert got.keys() == expected.keys()

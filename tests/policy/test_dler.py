@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from papertrl import DlerGRPOConfig, DlerGRPOTrainer
 from papertrl.losses.policy.dler import length_limits, merge_updates, solved_share, truncated_rewards, whiten
 
-from ..suite import settings
-from .runs import checksum, distributions, gradients, metric, run, sampled
+from ..harness.rollouts import checksum, distributions, gradients, metric, run, sampled
+from ..harness.table import settings
 
 
 @given(st.lists(st.integers(0, 16), min_size=1, max_size=8), st.lists(st.integers(1, 15), unique=True, max_size=3))

@@ -20,8 +20,8 @@ from papertrl.losses.policy.dynamic_reward_weighting import (
     pareto_front,
 )
 
-from ..suite import dataset, settings, weights
-from .runs import checksum, distributions, make, metric, run, sampled
+from ..harness.rollouts import checksum, distributions, make, metric, run, sampled
+from ..harness.table import dataset, settings, weights
 
 # Coordinates that often tie, on both sides of the reference
 coordinate = st.sampled_from([-0.5, 0.0, 0.1, 0.3, 0.3, 0.7, 1.0]) | st.floats(-1, 1, allow_subnormal=False)

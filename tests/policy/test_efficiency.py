@@ -14,7 +14,7 @@ from papertrl.trainers.policy.batching import MicroBatches
 from papertrl.trainers.policy.passes import rollout_inputs
 from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets, why_not_shared
 
-from ..suite import active_config, build, dataset, digit_parity, settings, weights
+from ..harness.table import active_config, build, dataset, digit_parity, settings, weights
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}

@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 from papertrl import DlerGRPOTrainer, GainRlGRPOConfig, GainRlGRPOTrainer, compose
 from papertrl.losses.policy.gain_rl import mean_cross_cosine, mean_pairwise_cosine, prefill_signal
 
-from ..suite import dataset, settings
-from .runs import checksum, make, metric, run
+from ..harness.rollouts import checksum, make, metric, run
+from ..harness.table import dataset, settings
 
 shapes = st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(0, 2**31))
 

@@ -14,8 +14,8 @@ from papertrl import GuideGRPOConfig, GuideGRPOTrainer
 from papertrl.losses.policy.guide_grpo import percentile_gamma, reshape_ratio
 from papertrl.trainers.policy.record import Source
 
-from ..suite import settings
-from .runs import distributions, gradients, make, metric, run, sampled
+from ..harness.rollouts import distributions, gradients, make, metric, run, sampled
+from ..harness.table import settings
 
 ratios = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30)
 BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 4}

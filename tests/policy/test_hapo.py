@@ -18,8 +18,8 @@ from papertrl.losses.policy.hapo import (
     token_mean,
 )
 
-from ..suite import settings
-from .runs import distributions, gradients, metric, run, sampled
+from ..harness.rollouts import distributions, gradients, metric, run, sampled
+from ..harness.table import settings
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 

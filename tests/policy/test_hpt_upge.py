@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 from papertrl import HptUpgeGRPOConfig, HptUpgeGRPOTrainer
 from papertrl.core.catalogue import load_trainer
 from papertrl.core.compose import compose
+from papertrl.core.family import POLICY
 from papertrl.losses.masked import masked_mean
 from papertrl.losses.policy.hpt_upge import (
     ADVANTAGES,
@@ -31,8 +32,8 @@ from papertrl.losses.policy.hpt_upge import (
 from papertrl.losses.policy.surrogate import cispo_surrogate, clipped_surrogate, log_importance_weights
 from papertrl.trainers.policy.record import Source
 
-from ..suite import PLAIN, dataset, settings, weights
-from .runs import checksum, distributions, gradients, make, metric, run, sampled
+from ..harness.rollouts import checksum, distributions, gradients, make, metric, run, sampled
+from ..harness.table import dataset, settings, weights
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 LOW, HIGH = 0.8, 1.28
@@ -311,7 +312,7 @@ def hybrid_loss(generation, mode, loss_type, coef, limit=8):
 @pytest.mark.parametrize("loss_type", ["dr_grpo", "grpo", "dapo"])
 @pytest.mark.parametrize("plain", [False, True])
 def test_gradient_is_that_of_the_hybrid_loss(mode, loss_type, plain, policy_path, tmp_path):
-    options = GATED | {"hpt_mode": mode, "loss_type": loss_type, "hpt_sft_coef": 0.7} | (PLAIN if plain else {})
+    options = GATED | {"hpt_mode": mode, "loss_type": loss_type, "hpt_sft_coef": 0.7} | (POLICY.exact if plain else {})
     trainer = run(HptUpgeGRPOTrainer, policy_path, tmp_path, **options)
     loss, model = hybrid_loss(trainer.generations[0], mode, loss_type, 0.7)
     expected = gradients(loss, model)
@@ -336,7 +337,7 @@ TRL = {
 @pytest.mark.parametrize("name", TRL)
 def test_gradient_in_a_run_equals_trls_loss(name, policy_path, tmp_path):
     """TRL's `_compute_loss` itself, on batches that the policy has moved away from."""
-    options = OFF_POLICY | PLAIN | {"epsilon": 0.05, "hpt_upge_instance": name, "learning_rate": 1e-3}
+    options = OFF_POLICY | POLICY.exact | {"epsilon": 0.05, "hpt_upge_instance": name, "learning_rate": 1e-3}
     loss_types = {"dapo": "dapo", "cispo_minimax": "cispo"}
     scale = TRL[name].get("scale_rewards", "group")
     options |= {"loss_type": loss_types.get(name, "dr_grpo"), "scale_rewards": scale, "epsilon_high": 0.05}

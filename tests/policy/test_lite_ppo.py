@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from papertrl import LitePpoGRPOConfig, LitePpoGRPOTrainer
 from papertrl.losses.policy.lite_ppo import reward_mean
 
-from ..suite import settings
-from .runs import distributions, gradients, metric, run, sampled
+from ..harness.rollouts import distributions, gradients, metric, run, sampled
+from ..harness.table import settings
 
 reward = st.sampled_from([0.0, 1.0, -2.5, math.nan])
 

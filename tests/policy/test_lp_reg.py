@@ -16,8 +16,8 @@ from papertrl.losses.policy.lp_reg import (
     proxy_logps,
 )
 
-from ..suite import settings
-from .runs import distributions, gradients, metric, run, sampled
+from ..harness.rollouts import distributions, gradients, metric, run, sampled
+from ..harness.table import settings
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 

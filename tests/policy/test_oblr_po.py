@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from papertrl import OblrPoGRPOConfig, OblrPoGRPOTrainer
 from papertrl.losses.policy.oblr_po import gradient_noise, logit_energy, optimal_baseline, snr_multiplier
 
-from ..suite import settings
-from .runs import distributions, gradients, make, metric, run, sampled
+from ..harness.rollouts import distributions, gradients, make, metric, run, sampled
+from ..harness.table import settings
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 

@@ -12,8 +12,8 @@ from papertrl import ScafGRPOConfig, ScafGRPOTrainer
 from papertrl.losses.policy.scaf_grpo import cumulative_hints, exempt_steps, weakest_success
 from papertrl.trainers.policy.record import Source
 
-from ..suite import settings
-from .runs import distributions, make, metric, run, sampled
+from ..harness.rollouts import distributions, make, metric, run, sampled
+from ..harness.table import settings
 
 BATCH = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "num_generations": 4}
 DUE = BATCH | {"scaf_exempt_ratio": 0.0}

@@ -11,8 +11,8 @@ from papertrl import DlerGRPOTrainer, TwoStageMathGRPOConfig, TwoStageMathGRPOTr
 from papertrl.losses.policy.two_stage_math import cosine_reward, relative_length_reward
 from papertrl.rewards import boxed_format, boxed_match, cosine_length, exact_match, load_reward, relative_length
 
-from ..suite import dataset, settings
-from .runs import checksum, make, metric, recorded, run
+from ..harness.rollouts import checksum, make, metric, recorded, run
+from ..harness.table import dataset, settings
 
 rows = st.lists(
     st.tuples(st.sampled_from([0, 1, 4]), st.integers(0, 12) | st.none(), st.booleans()), min_size=1, max_size=12

@@ -12,18 +12,18 @@ from papertrl.core.compose import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.record import Source
 
-from ..suite import (
+from ..harness.rollouts import distributions, recorded, sampled
+from ..harness.table import (
     active_config,
     dataset,
     digit_parity,
     every_fourth,
     history,
-    methods_of,
+    objectives_of,
     reward_of,
     settings,
     weights,
 )
-from .runs import distributions, recorded, sampled
 
 
 class FakeClient:
@@ -111,7 +111,7 @@ def test_hints_one_at_a_time(policy_path, tmp_path):
     assert max(entry.get("scaf/repaired_groups", 0) for entry in trainer.state.log_history) > 0
 
 
-@pytest.mark.parametrize("name", methods_of("policy"))
+@pytest.mark.parametrize("name", objectives_of("policy"))
 def test_every_method_trains_on_what_the_client_sampled(name, policy_path, tmp_path):
     trainer_class = load_trainer(name)
     # HAPO refuses its temperature by name, and does the rest

@@ -12,7 +12,7 @@ from papertrl.losses.preference.pair_losses import PAIR_LOSSES
 from papertrl.trainers.preference.base import PreferenceConfig, PreferenceTrainer
 from papertrl.trainers.preference.record import PreferenceRecord
 
-from .common import (
+from ..harness.pairs import (
     assert_same_tensors,
     first_batch,
     history,

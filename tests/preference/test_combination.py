@@ -12,7 +12,7 @@ from trl import DPOConfig
 
 from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
 
-from .common import (
+from ..harness.pairs import (
     assert_same_tensors,
     first_batch,
     history,

@@ -11,7 +11,7 @@ from papertrl import OfsDPOTrainer
 from papertrl.adapters import combine_domains, fit_weights, weighted
 from papertrl.trainers.preference.base import PreferenceTrainer
 
-from .common import first_batch, make_trainer, pairs
+from ..harness.pairs import first_batch, make_trainer, pairs
 
 LORA = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

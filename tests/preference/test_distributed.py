@@ -28,7 +28,7 @@ from papertrl import (
 )
 from papertrl.models.tiny import tiny_tokenizer
 
-from .common import history, make_trainer, pairs, weights
+from ..harness.pairs import history, make_trainer, pairs, weights
 
 TOKEN_MEAN = {"rpo_aggregation": "token_mean", "rpo_coef": 1.0}
 ONLINE = {"hypo_kl_coef": 0.3, "hypo_kl_max_new_tokens": 4, "beta": 0.1}

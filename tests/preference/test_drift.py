@@ -14,7 +14,15 @@ from papertrl.losses.preference.drift import unusable
 from papertrl.models.tokenization import tokenize_prompt
 from papertrl.trainers.preference.base import PreferenceTrainer
 
-from .common import assert_same_tensors, first_batch, history, loss_and_gradients, make_trainer, recorded, weights
+from ..harness.pairs import (
+    assert_same_tensors,
+    first_batch,
+    history,
+    loss_and_gradients,
+    make_trainer,
+    recorded,
+    weights,
+)
 
 TURNS = {
     "prompt": [f"{i}+{i + 1}=" for i in range(12)],

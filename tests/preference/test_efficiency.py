@@ -12,7 +12,7 @@ from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.sharing import pair_inputs
 from papertrl.trainers.shared_prefix import add_shared_prefix
 
-from .common import first_batch, loss_and_gradients, make_trainer, of_trl, perturbed, recorded
+from ..harness.pairs import first_batch, loss_and_gradients, make_trainer, of_trl, perturbed, recorded
 
 
 def make_pair(tiny_path, tokenizer, tmp_path, **options):

@@ -8,7 +8,7 @@ from papertrl import OfsDPOTrainer, RsoDPOTrainer, UpoDPOTrainer, XpoDPOTrainer,
 from papertrl.losses.terms import LossTerm
 from papertrl.trainers.preference.base import PreferenceConfig, PreferenceTrainer
 
-from .common import first_batch, history, loss_and_gradients, make_trainer, pairs, recorded, weights
+from ..harness.pairs import first_batch, history, loss_and_gradients, make_trainer, pairs, recorded, weights
 
 LORA = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
 

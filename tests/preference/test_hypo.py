@@ -15,7 +15,7 @@ from papertrl.losses.preference.hypo import online_kl_weights
 from papertrl.trainers.preference import hypo, sampling
 from papertrl.trainers.preference.base import PreferenceTrainer
 
-from .common import (
+from ..harness.pairs import (
     assert_same_tensors,
     first_batch,
     history,

@@ -19,7 +19,7 @@ from papertrl.losses.preference.irpo import (
 from papertrl.trainers.preference import ranking
 from papertrl.trainers.preference.base import PreferenceTrainer
 
-from .common import first_batch, history, loss_and_gradients, make_trainer, pairs, perturbed, recorded, weights
+from ..harness.pairs import first_batch, history, loss_and_gradients, make_trainer, pairs, perturbed, recorded, weights
 
 LISTS = [
     {"prompt": "even: ", "completions": ["1", "22", "3", "4"], "relevance": [0, 2, 0, 1]},

@@ -8,7 +8,7 @@ from papertrl import LnDPOConfig, LnDPOTrainer
 from papertrl.losses.preference.ln_dpo import length_divisor
 from papertrl.losses.preference.pair_losses import call_pair_loss
 
-from .common import (
+from ..harness.pairs import (
     assert_same_tensors,
     first_batch,
     history,

@@ -22,7 +22,7 @@ from papertrl.losses.preference.ofs_dpo import chase
 from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.ofs_dpo import Roles
 
-from .common import first_batch, history, loss_and_gradients, make_trainer, recorded
+from ..harness.pairs import first_batch, history, loss_and_gradients, make_trainer, recorded
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights="gaussian")
 

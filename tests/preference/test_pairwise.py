@@ -12,7 +12,7 @@ from papertrl.models.tiny import tiny_tokenizer
 from papertrl.rewards import pairwise
 from papertrl.rewards.pairwise import TEMPLATE, PairwiseModel, pairwise_dataset
 
-from .common import history, make_trainer
+from ..harness.pairs import history, make_trainer
 
 CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
 

@@ -18,7 +18,7 @@ from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.online.candidates import Candidate, Group
 from papertrl.trainers.preference.online.loop import cycled
 
-from .common import PROMPTS, first_batch, history, loss_and_gradients, make_trainer, warmed, weights
+from ..harness.pairs import PROMPTS, first_batch, history, loss_and_gradients, make_trainer, warmed, weights
 
 ONLINE = {
     "online_iterations": 2,

@@ -23,7 +23,7 @@ from papertrl.trainers.preference.online.candidates import Candidate, Group, Pai
 from papertrl.trainers.preference.online.judging import compare
 from papertrl.trainers.preference.online.loop import cycled
 
-from .common import assert_same_tensors, history, make_trainer, perturbed, weights
+from ..harness.pairs import assert_same_tensors, history, make_trainer, perturbed, weights
 
 PROMPTS = [f"{i}+{i}=" for i in range(14)]
 

@@ -11,7 +11,7 @@ from papertrl import RpoDPOConfig, RpoDPOTrainer
 from papertrl.losses.preference.rpo import sequence_nll
 from papertrl.trainers.preference.base import PreferenceTrainer
 
-from .common import (
+from ..harness.pairs import (
     assert_same_tensors,
     first_batch,
     history,

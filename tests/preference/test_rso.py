@@ -15,7 +15,7 @@ from papertrl import LnDPOTrainer, RsoDPOConfig, RsoDPOTrainer, compose
 from papertrl.losses.preference.rso import collapse_equal, point_reward, rejection_sample
 from papertrl.trainers.preference.online.candidates import Candidate, Group
 
-from .common import first_batch, loss_and_gradients, make_trainer, recorded
+from ..harness.pairs import first_batch, loss_and_gradients, make_trainer, recorded
 
 # --- Rejection sampling -----------------------------------------------------------------------------------------
 

@@ -13,7 +13,15 @@ from papertrl.losses.preference.sem_dpo import semantic_distance, semantic_weigh
 from papertrl.trainers.preference.base import PreferenceTrainer
 from papertrl.trainers.preference.sem_dpo import add_distances
 
-from .common import assert_same_tensors, first_batch, history, loss_and_gradients, make_trainer, pairs, recorded
+from ..harness.pairs import (
+    assert_same_tensors,
+    first_batch,
+    history,
+    loss_and_gradients,
+    make_trainer,
+    pairs,
+    recorded,
+)
 
 SEM = {"sem_encoder": "characters", "sem_alpha": 2.0}
 ENCODER_SIZE = 3

@@ -10,7 +10,7 @@ from papertrl.evaluation.revision import revision_prompt
 from papertrl.losses.preference.srpo import improver_loss, joint_loss
 from papertrl.trainers.preference.base import PreferenceTrainer
 
-from .common import (
+from ..harness.pairs import (
     CHOSEN,
     PROMPTS,
     REJECTED,

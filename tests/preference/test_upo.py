@@ -21,7 +21,7 @@ from papertrl.losses.preference.upo import (
 )
 from papertrl.models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities, loaded_backbone
 
-from .common import first_batch, history, loss_and_gradients, make_trainer, pairs, recorded
+from ..harness.pairs import first_batch, history, loss_and_gradients, make_trainer, pairs, recorded
 
 # --- Uncertainty ------------------------------------------------------------------------------------------------
 

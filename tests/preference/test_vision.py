@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 from papertrl import HypoDPOTrainer, LnDPOTrainer, PreferenceTrainer, RpoDPOTrainer, compose
 from papertrl.models.tiny import tiny_tokenizer
 
-from .common import assert_same_tensors, history, make_trainer, weights
+from ..harness.pairs import assert_same_tensors, history, make_trainer, weights
 
 TEMPLATE = (
     "{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}"

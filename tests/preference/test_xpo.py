@@ -15,7 +15,7 @@ from papertrl.trainers.preference.online.candidates import Candidate, Group, Pai
 from papertrl.trainers.preference.online.draw import keyed_seed
 from papertrl.trainers.preference.sampling import sample_completions
 
-from .common import CHOSEN, PROMPTS, history, loss_and_gradients, make_trainer, pairs, perturbed, recorded
+from ..harness.pairs import CHOSEN, PROMPTS, history, loss_and_gradients, make_trainer, pairs, perturbed, recorded
 
 ONLINE = {
     "online_iterations": 2,

@@ -14,10 +14,10 @@ from papertrl.job.arguments import make_trainer_class
 from papertrl.losses.policy.hapo import entropy_scale, normalized_entropy
 from papertrl.samplers.decoding.entropy_temperature import EntropyTemperatureProcessor
 
-from ..policy.runs import checksum, distributions, make, metric, run, sampled
+from ..harness.resuming import SAVING, assert_resumes
+from ..harness.rollouts import checksum, distributions, make, metric, run, sampled
+from ..harness.table import dataset, history, settings, weights
 from ..policy.test_hapo import entropies_of, h_by_hand, reference_of, tokens_of
-from ..resuming import SAVING, assert_resumes
-from ..suite import dataset, history, settings, weights
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 ALONE = compose("grpo", EntropyTemperature)

@@ -11,9 +11,9 @@ from papertrl.core.catalogue import load_trainer
 from papertrl.samplers.decoding.rlg import GuidedRows
 from papertrl.samplers.decoding.rollout import sample_rollouts
 
-from ..policy.runs import checksum, distributions, frozen, gradients, make, metric, run, sampled
-from ..resuming import SAVING, assert_resumes
-from ..suite import LORA, dataset, every_fourth, history, settings, weights
+from ..harness.resuming import SAVING, assert_resumes
+from ..harness.rollouts import checksum, distributions, frozen, gradients, make, metric, run, sampled
+from ..harness.table import LORA, dataset, every_fourth, history, settings, weights
 
 GUIDED = compose("grpo", Rlg)
 TRAINED = {"rlg_train": True, "learning_rate": 2e-2, "per_device_train_batch_size": 8}

@@ -12,7 +12,8 @@ from papertrl import AsftSFTConfig, AsftSFTTrainer
 from papertrl.models.observation import backbone
 from papertrl.trainers.reference import as_reference
 
-from .helpers import (
+from ..harness.oracles import asft_oracle, softmax
+from ..harness.sums import (
     assert_close,
     assert_equal,
     first_batch,
@@ -24,7 +25,6 @@ from .helpers import (
     tiny_mixtral,
     weights,
 )
-from .oracles import asft_oracle, softmax
 
 LORA = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
 NEUTRAL = {"asft_anchor_coef": 0.0, "asft_dft_weight_power": 0.0}

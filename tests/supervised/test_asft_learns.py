@@ -9,7 +9,7 @@ from datasets import Dataset
 from papertrl import AsftSFTConfig, AsftSFTTrainer
 from papertrl.models.tiny import tiny_model
 
-from .helpers import make
+from ..harness.sums import make
 
 MODULUS, FIRST_TOKEN, WRONG, ROWS = 13, 4, 0.3, 80
 PAIRS = torch.cartesian_prod(torch.arange(MODULUS), torch.arange(MODULUS))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from papertrl.losses.divergence import LazyLogits, token_kl
 from papertrl.losses.supervised.asft import dft_weight
 
-from .oracles import kl, softmax
+from ..harness.oracles import kl, softmax
 
 
 @st.composite

@@ -10,7 +10,7 @@ from papertrl.losses.terms import LossTerm
 from papertrl.trainers.supervised.base import LOSS_STAGES
 from papertrl.trainers.supervised.record import SupervisedRecord
 
-from .helpers import (
+from ..harness.sums import (
     QUIET,
     assert_close,
     assert_equal,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from .distributed_run import RUNS, run
-from .helpers import assert_close
+from ..harness.distributed_supervised import RUNS, run
+from ..harness.sums import assert_close
 
 SIGNALS = {name: trainer_class.method.signal for name, (trainer_class, _) in RUNS.items()}
 
@@ -17,10 +17,10 @@ SIGNALS = {name: trainer_class.method.signal for name, (trainer_class, _) in RUN
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    program = ["-m", "supervised.distributed_run", str(folder / "two"), "2"]
+    program = ["-m", "tests.harness.distributed_supervised", str(folder / "two"), "2"]
     finished = subprocess.run(
         [*launch, *program],
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,

@@ -15,7 +15,7 @@ from papertrl.losses.supervised.implicit_reward_sft import (
     utility_slope,
 )
 
-from .helpers import assert_close, first_batch, history, loss_and_gradients, make, sums, tiny_llama, weights
+from ..harness.sums import assert_close, first_batch, history, loss_and_gradients, make, sums, tiny_llama, weights
 from .test_asft import LORA, all_logits, drift
 
 

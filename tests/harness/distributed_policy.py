@@ -14,7 +14,7 @@ from papertrl.core.catalogue import load_trainer
 from papertrl.core.compose import compose
 from papertrl.trainers.policy.batching import MicroBatches
 
-from ..suite import active_config, dataset, digit_parity, history, reward_of, weights
+from .table import active_config, dataset, digit_parity, history, reward_of, weights
 
 EVERY_ROW = {"skip_zero_rows": False}
 LOOSE = EVERY_ROW | {"dler_truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}

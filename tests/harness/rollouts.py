@@ -2,7 +2,7 @@
 
 import torch
 
-from ..suite import dataset, settings
+from .table import dataset, settings
 
 
 def recorded(trainer_class):

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from papertrl import AsftSFTTrainer, ImplicitRewardSFTTrainer
 from papertrl.models.tiny import tiny_tokenizer
 
-from .helpers import history, make, weights
+from .sums import history, make, weights
 
 RUNS = {
     "asft": (AsftSFTTrainer, {"asft_anchor_coef": 0.5}),

@@ -3,7 +3,7 @@
 import torch
 from transformers import TrainerCallback
 
-from .suite import history, weights
+from .table import history, weights
 
 
 class Killed(Exception):
