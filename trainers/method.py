@@ -49,6 +49,8 @@ class MethodTrainer(Staged):
     # Set before TRL's constructor runs, which calls stages
     slots: Components
     user_stages: dict[str, UserStage]
+    # Of the micro-batches of an optimizer step that are still to come, over all ranks
+    _chosen_rows: list[list[int]]
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
@@ -171,6 +173,7 @@ class MethodTrainer(Staged):
 
     def attach_slots(self) -> None:
         """Let the components see the finished trainer; the last call of a family base's constructor."""
+        self._check_chooser()
         optimizers = self.slots.of("optimizer")
         if optimizers and (self.optimizer is not None or self.optimizer_cls_and_kwargs is not None):
             raise ValueError(
@@ -183,11 +186,18 @@ class MethodTrainer(Staged):
             component.attach(self)
             for callback in component.callbacks():
                 self.add_callback(callback)
+
+    def _check_chooser(self) -> None:
         chooser = self.slots.prompts()
         if chooser is not None and not isinstance(self.train_dataset, Dataset):
             raise ValueError(
                 f"Component '{chooser.method.name}' chooses rows and needs a map-style `train_dataset`, got "
                 f"`{type(self.train_dataset).__name__}`. Load the dataset without streaming."
+            )
+        if chooser is not None and getattr(self.args, "packing", False):
+            raise ValueError(
+                f"`packing` must be False with component '{chooser.method.name}', which chooses rows, got True: a "
+                "packed row holds several."
             )
 
     def coupled_micro_batches(self) -> str | None:
@@ -229,18 +239,35 @@ class MethodTrainer(Staged):
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        chooser = self.slots.prompts()
-        if chooser is None or self.choosing_itself():
+        if not self.chooses_rows:
             return batches, num_items
         # Chosen right before the step, so that all that was observed of earlier ones has arrived; the loader's rows
         # only count
-        size, world = self.args.per_device_train_batch_size, self.accelerator.num_processes
-        rows = chooser.choose(size * world * len(batches), 0, self.keyed_generator(0))
-        chosen = [
-            rows[start + self.accelerator.process_index * size :][:size] for start in range(0, len(rows), size * world)
+        size, rank = self.args.per_device_train_batch_size, self.accelerator.process_index
+        batch = size * self.accelerator.num_processes
+        rows = self.slots.prompts().choose(batch * len(batches), 0, self.keyed_generator(0))
+        self._chosen_rows = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+        batches = [
+            self.data_collator(self.train_dataset.__getitems__(part[rank * size : (rank + 1) * size]))
+            for part in self._chosen_rows
         ]
-        batches = [self.data_collator(self.train_dataset.__getitems__(part)) for part in chosen]
         return batches, self._get_num_items_in_batch(batches, device)
+
+    @property
+    def chooses_rows(self) -> bool:
+        """Whether the slot *prompts* chooses the rows of optimizer steps."""
+        return self.slots.prompts() is not None and not self.choosing_itself()
+
+    def observe_rows(self, losses: torch.Tensor) -> None:
+        """
+        Tell the slot *prompts* what came of the rows that it chose for a micro-batch.
+
+        Args:
+            losses (`torch.Tensor` of shape `(rows,)`):
+                Loss of each row of this rank, in order.
+        """
+        if self.chooses_rows and self.model.training:
+            self.slots.prompts().observe(self._chosen_rows.pop(0), self.accelerator.gather(losses.detach()))
 
     def choosing_itself(self) -> bool:
         """Whether the family asks the slot *prompts* itself, before it samples."""

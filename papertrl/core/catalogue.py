@@ -78,7 +78,8 @@ def combinations() -> dict[str, tuple[str, ...]]:
     """Methods that go together, with a recipe of their own that lists several `methods`."""
     folder = Path(importlib.util.find_spec("papertrl.recipes").origin).parent
     recipes = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yaml"))}
-    return {name: tuple(recipe["methods"]) for name, recipe in recipes.items() if len(recipe.get("methods", ())) > 1}
+    listed = {name: tuple(recipe.get("methods", ())) for name, recipe in recipes.items()}
+    return {name: methods for name, methods in listed.items() if len([m for m in methods if m not in PLAIN]) > 1}
 
 
 def class_stem(name: str) -> str:

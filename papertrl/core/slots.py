@@ -131,7 +131,12 @@ class Component:
         raise NotImplementedError
 
     def observe(self, *finished: Any) -> None:
-        """Slot *prompts*: what came of the chosen rows: `scored` and `record` of a batch in the policy family."""
+        """
+        Slot *prompts*: what came of the chosen rows, the same on every rank.
+
+        In the policy family `scored` and `record` of a generation batch. Elsewhere the chosen rows of a micro-batch,
+        `list[int]`, and their losses `(rows,)`, before the next step's rows are chosen.
+        """
 
     # --- prompts and decoding -----------------------------------------------------------------------------------
 

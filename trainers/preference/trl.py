@@ -81,6 +81,7 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
         samples = self.sample(inputs)
         record = self._evaluate_pairs(model, inputs, samples, [])
         extra_terms = self.extra_terms(model, record)
+        self.observe_rows(sum(term.values * term.coef for term in record.pair_losses))
 
         loss = pair_loss = self.reduce_terms(record.pair_losses)
         if record.aux_loss is not None:

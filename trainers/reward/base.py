@@ -164,7 +164,7 @@ class RewardModelTrainer(MethodTrainer, RewardTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # The pass and the metrics are TRL's; where somebody acts, TRL's loss gives way to that of the stages
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.acting_in(*LOSS_STAGES):
+        if self.acting_in(*LOSS_STAGES) or self.chooses_rows:
             loss = self._staged_loss(
                 RewardRecord(
                     inputs["input_ids"], inputs["attention_mask"], outputs.logits.squeeze(-1), inputs.get("margin")
@@ -183,6 +183,7 @@ class RewardModelTrainer(MethodTrainer, RewardTrainer):
                 f"The losses and weights of pairs must be of shape {tuple(margin.shape)}, got "
                 f"{tuple(pairs.values.shape)}."
             )
+        self.observe_rows(pairs.values)
         terms = [pairs, *self.extra_terms(record)]
         for term in terms:
             self.log_mean(f"loss/{term.name}", term.sum(), term.count())

@@ -247,6 +247,12 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
             values = term.values * mask
             self.log_mean(f"loss/{term.name}", values.sum(), count)
             total = total + term.coef * values
+        if self.chooses_rows:
+            sums = total.new_zeros(2, record.num_examples)
+            sums.index_add_(
+                1, record.example_ids.flatten(), torch.stack([total.detach(), record.label_mask]).flatten(1)
+            )
+            self.observe_rows(sums[0] / sums[1].clamp(min=1))
         return total
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -259,7 +265,7 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
         return batches, num_labels
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if self.acting_in(*LOSS_STAGES):
+        if self.acting_in(*LOSS_STAGES) or self.chooses_rows:
             model = self._staged(model)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
