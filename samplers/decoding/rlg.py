@@ -134,7 +134,7 @@ class Rlg(Component):
         super().attach(trainer)
         check_trainer(trainer, self.method)
         name = self.config.rlg_base_model
-        if name is not None and AutoTokenizer.from_pretrained(name).get_vocab() != trainer._tokenizer.get_vocab():
+        if name is not None and AutoTokenizer.from_pretrained(name).get_vocab() != trainer.tokenizer.get_vocab():
             raise ValueError(f"`rlg_base_model` must share the trained model's vocabulary, which {name!r} does not.")
         if name is None and is_peft_model(trainer.model):
             self._base_model = trainer.model

@@ -205,11 +205,11 @@ class GainRl(Component):
             template = {"chat_template": self.trainer.chat_template, "tokenize": True, "return_dict": False}
             template |= self.trainer.chat_template_kwargs
             template["tools"] = self.trainer.tools or None
-            last = common_prefix_length(ids, self.trainer._tokenizer.apply_chat_template(prompt, **template))
+            last = common_prefix_length(ids, self.trainer.tokenizer.apply_chat_template(prompt, **template))
             # What stands before any question, a system prompt that the template adds included
             unasked = [*prompt[:-1], {**prompt[-1], "content": ""}]
             first = min(
-                last, common_prefix_length(ids, self.trainer._tokenizer.apply_chat_template(unasked, **template))
+                last, common_prefix_length(ids, self.trainer.tokenizer.apply_chat_template(unasked, **template))
             )
         places = range(len(ids))
         return ids, [int(i < first) for i in places], [int(first <= i < last) for i in places]

@@ -239,7 +239,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
             step_tokens=-(-self.max_completion_length // args.tree_max_depth),
             max_tokens=self.max_completion_length,
             trajectories=self.num_generations,
-            end_tokens=frozenset([*self.eos_token_ids, self._tokenizer.pad_token_id]),
+            end_tokens=frozenset([*self.eos_token_ids, self.tokenizer.pad_token_id]),
             selection=args.tree_selection,
             uct=args.tree_lambda_uct,
             quality=args.tree_lambda_quality,
@@ -270,7 +270,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
 
     def _logps_of(self, prompts: list[list[int]], completions: list[list[int]]) -> list[list[float]]:
         """Log-probabilities of completions whose sampler does not give them."""
-        fill, device = self._tokenizer.pad_token_id, self.accelerator.device
+        fill, device = self.tokenizer.pad_token_id, self.accelerator.device
         logps = self.score_rows(
             *pad_rows(prompts, fill, "left", device), *pad_rows(completions, fill, "right", device)
         )
@@ -348,7 +348,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         self._next_tree_dump = step + self.args.tree_dump_steps
         rank = f"_rank{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
         Path(folder).mkdir(parents=True, exist_ok=True)
-        content = {"step": step, "trees": [tree_as_dict(tree, self._tokenizer.decode) for tree in trees]}
+        content = {"step": step, "trees": [tree_as_dict(tree, self.tokenizer.decode) for tree in trees]}
         (Path(folder) / f"step_{step:06}{rank}.json").write_text(json.dumps(content, indent=1))
 
     # --- Spread -------------------------------------------------------------------------------------------------

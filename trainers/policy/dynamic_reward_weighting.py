@@ -232,7 +232,7 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         self._influences = self._influences + influences
         self._accumulated += 1
         if self._accumulated == self.args.weighting_accumulation:
-            rate = self._get_learning_rate() / self.args.weighting_regularization
+            rate = self.learning_rate / self.args.weighting_regularization
             mean = self._influences / self._accumulated
             self.reward_weights = exponentiated_gradient(self.reward_weights.to(mean), mean, rate)
             self._influences, self._accumulated = torch.zeros_like(mean), 0

@@ -276,7 +276,7 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
                 )
             text = apply_chat_template(
                 {"prompt": prompt, "completion": demonstration},
-                self._tokenizer,
+                self.tokenizer,
                 chat_template=self.chat_template,
                 **self.chat_template_kwargs,
             )["completion"]
@@ -287,10 +287,10 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
                 f"`hpt_demo_column` '{self.args.hpt_demo_column}' must hold text where prompts are text, got "
                 f"{type(demonstration).__name__}."
             )
-        ids = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         # What a template puts after the end token is not sampled
         ends = [i for i, token in enumerate(ids) if token in self.eos_token_ids]
-        ids = ids[: ends[-1] + 1] if ends else [*ids, self._tokenizer.eos_token_id]
+        ids = ids[: ends[-1] + 1] if ends else [*ids, self.tokenizer.eos_token_id]
         limit = self.max_completion_length
         return demonstration, ids[:limit], len(ids) > limit
 

@@ -89,7 +89,7 @@ class OblrPoGRPOTrainer(PolicyTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
         super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        if self.args.oblr_weight == "exact" and (sharded or self._is_vlm):
+        if self.args.oblr_weight == "exact" and (sharded or self.has_images):
             raise ValueError(
                 "`oblr_weight='exact'` needs whole gradients of a text model: it supports neither sharded parameters "
                 "(DeepSpeed, FSDP) nor vision-language models. Set `oblr_weight='logit_energy'`."

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
 from ...losses.policy.groups import by_group, weighted_sum
@@ -29,6 +30,21 @@ class PolicyServices(GRPOTrainer):
     """
 
     generation: GenerationBatch | None = None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """That of prompts and completions, also where a processor holds it."""
+        return self._tokenizer
+
+    @property
+    def has_images(self) -> bool:
+        """Whether the model reads images."""
+        return self._is_vlm
+
+    @property
+    def learning_rate(self) -> float:
+        """Learning rate of the coming optimizer step, that of the first group."""
+        return self._get_learning_rate()
 
     # --- Rewards ------------------------------------------------------------------------------------------------
 
