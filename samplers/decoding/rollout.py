@@ -202,12 +202,11 @@ def sample_rollouts(
     criteria = model._get_stopping_criteria(config, StoppingCriteriaList(), tokenizer)
 
     forward = _Forward(model, mask, width, config.max_length)
-    logits = forward.prefill(prompts)
     readers = [processor for processor in processors or () if isinstance(processor, RowProcessor)]
     for reader in readers:
         reader.begin(prompts, forward.prompt_mask)
     source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
-    logits = logits[source]
+    logits = forward.prefill(prompts)[source]
     for holder in (forward, *readers):
         holder.select(source)
     batch = _Batch.start(prompts[source], config)
