@@ -96,8 +96,8 @@ class PreferenceTrainer(PreferenceStages, OnlineStages, OpenedDPOTrainer):
     | extra terms | `extra_terms` | record → named terms |
     | after backward | `after_backward` | gradient so far |
 
-    Every value stays per pair until [`reduce_terms`], which takes means, weights and adds. `sample` and `extra_terms`
-    act in evaluation too unless a method says otherwise.
+    Every value stays per pair until [`~papertrl.trainers.reduction.mean_of_terms`] takes means, weights and adds.
+    `sample` and `extra_terms` act in evaluation too unless a method says otherwise.
 
     With `online_iterations` > 0, the pairs are made of the policy's own completions of the dataset's prompts; see
     [`~papertrl.trainers.preference.online.stages.OnlineStages`] for the stages of that loop.

@@ -16,6 +16,7 @@ from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
 from ...losses.preference.ofs_dpo import chase
 from ...losses.terms import LossTerm
+from ..reduction import mean_of_terms
 from .base import PreferenceConfig, PreferenceTrainer
 from .record import PreferenceRecord
 
@@ -231,7 +232,8 @@ class OfsDPOTrainer(PreferenceTrainer):
         if alpha is None or not self.model.training:
             return terms
         slow_record = self.pair_statistics(model, record, adapter="slow")
-        losses = torch.stack([self.reduce_terms(r.pair_losses).detach() for r in (record, slow_record)])
+        reduced = [mean_of_terms(each.pair_losses, self.accelerator) for each in (record, slow_record)]
+        losses = torch.stack(reduced).detach()
         self._roles.decide(self.state.global_step // self.args.ofs_chasing_interval)
         self._roles.observe(self.accelerator.reduce(losses, reduction="mean"))
         margins = (record.margins, slow_record.margins)

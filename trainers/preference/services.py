@@ -179,26 +179,6 @@ class PreferenceServices:
                 term.values = term.values * weights
         return pair_losses
 
-    def reduce_terms(self, terms: list[LossTerm]) -> torch.Tensor:
-        """
-        Sum of the terms' weighted means.
-
-        A term without mask is averaged over this rank's units; a masked one over the units that count on all ranks,
-        scaled so that the average of all ranks' losses, and of their gradients, is the global mean. The trainer then
-        averages over the micro-batches of a step.
-
-        Args:
-            terms (`list[LossTerm]`):
-                The same names on every rank.
-        """
-        loss = sum(term.values.mean() * term.coef for term in terms if term.mask is None)
-        masked = [term for term in terms if term.mask is not None]
-        if masked:
-            counts = self.accelerator.reduce(torch.stack([term.count().float() for term in masked]), reduction="sum")
-            counts = counts.clamp(min=1.0) / self.accelerator.num_processes
-            loss = loss + sum(term.sum() / count * term.coef for term, count in zip(masked, counts, strict=True))
-        return loss
-
     def log_metric(self, name: str, value: torch.Tensor | float) -> None:
         super().log_metric(name if self._other_adapter is None else f"{self._other_adapter}/{name}", value)
 

@@ -10,6 +10,7 @@ from trl import DPOTrainer
 from trl.trainer.dpo_trainer import global_then_local_main_first
 
 from ..method import MethodTrainer
+from ..reduction import mean_of_terms
 from ..reference import trainable_kept
 from ..shared_prefix import SharesPrompts
 from .collation import model_inputs_of
@@ -83,11 +84,11 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
         extra_terms = self.extra_terms(model, record)
         self.observe_rows(sum(term.values * term.coef for term in record.pair_losses))
 
-        loss = pair_loss = self.reduce_terms(record.pair_losses)
+        loss = pair_loss = mean_of_terms(record.pair_losses, self.accelerator)
         if record.aux_loss is not None:
             loss = loss + self.router_aux_loss_coef * record.aux_loss
         if extra_terms:
-            loss = loss + self.reduce_terms(extra_terms)
+            loss = loss + mean_of_terms(extra_terms, self.accelerator)
             self.log_mean("loss/pair", pair_loss, torch.ones_like(pair_loss))
             for term in extra_terms:
                 self.log_mean(f"loss/{term.name}", term.sum(), term.count())
