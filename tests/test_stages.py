@@ -291,21 +291,6 @@ def test_one_stage_goes_on_after_another_led_back_to_it():
         assert combine(*order).mix() == expected
 
 
-def test_stages_begin_anew_outside_of_them():
-    class Steps(Base):
-        method = named("steps")
-        replaces = {"mix": {}}
-
-        def mix(self, value=0):
-            with self.outside_of_stages():
-                outside = Base.mix(self, 7) if value == 0 else []
-            return ["steps", *outside, *Base.mix(self, value + 1)]
-
-    # From the class of the base, `mix` is `super()` while the stage runs, and the whole stage otherwise
-    assert Steps().mix(1) == ["steps", "base(2)"]
-    assert Steps().mix() == ["steps", "steps", "base(8)", "base(1)"]
-
-
 def test_an_exception_leaves_nothing_running():
     class Fails(Base):
         method = named("fails")

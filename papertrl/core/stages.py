@@ -2,8 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -215,15 +214,6 @@ class Staged:
             return chain[place].run(self, *args, **kwargs)
         finally:
             running[function] = current
-
-    @contextmanager
-    def outside_of_stages(self) -> Iterator[None]:
-        """Let stages that are called meanwhile begin anew, whatever stage is running."""
-        kept, self.__dict__["_running"] = self.__dict__.get("_running", {}), {}
-        try:
-            yield
-        finally:
-            self.__dict__["_running"] = kept
 
 
 def _install(owner: type, name: str, found: Any) -> None:

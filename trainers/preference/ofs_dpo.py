@@ -143,7 +143,7 @@ class OfsDPOTrainer(PreferenceTrainer):
 
     config_class = OfsDPOConfig
     method = declared("ofs_dpo")
-    extends = {"extra_terms": {}, "optimizer": {}, "after_backward": {}, "run": {}}
+    extends = dict.fromkeys(("extra_terms", "optimizer", "after_backward", "run"), {"ofs_alpha": None})
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         args = self.make_config(args, model)
@@ -199,7 +199,7 @@ class OfsDPOTrainer(PreferenceTrainer):
 
     def set_up_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         super().set_up_optimizer(optimizer)
-        slow = {id(parameter) for parameter in self._module_parameters.get("slow", [])}
+        slow = {id(parameter) for parameter in self._module_parameters["slow"]}
         for group in list(optimizer.param_groups):
             moved = [parameter for parameter in group["params"] if id(parameter) in slow]
             if moved:
@@ -209,7 +209,7 @@ class OfsDPOTrainer(PreferenceTrainer):
 
     def check_checkpoint(self, folder: Path) -> None:
         super().check_checkpoint(folder)
-        if self.args.ofs_alpha is not None and not (folder / "slow" / SAFETENSORS_WEIGHTS_NAME).is_file():
+        if not (folder / "slow" / SAFETENSORS_WEIGHTS_NAME).is_file():
             raise ValueError(
                 f"`resume_from_checkpoint`: '{folder / 'slow'}' has no adapter, so that the run cannot go on as it "
                 "was. Resume from another checkpoint, or start anew."
@@ -217,19 +217,17 @@ class OfsDPOTrainer(PreferenceTrainer):
 
     def after_training(self) -> None:
         super().after_training()
-        if self._module_parameters:
-            exchanged = self._roles.better() == 1
-            if exchanged:
-                for fast, slow in zip(*self._module_parameters.values(), strict=True):
-                    fast.data, slow.data = slow.data, fast.data
-            self.log({"ofs/served_slow": float(exchanged)})
+        exchanged = self._roles.better() == 1
+        if exchanged:
+            for fast, slow in zip(*self._module_parameters.values(), strict=True):
+                fast.data, slow.data = slow.data, fast.data
+        self.log({"ofs/served_slow": float(exchanged)})
 
     # --- The chase ----------------------------------------------------------------------------------------------
 
     def extra_terms(self, model: torch.nn.Module, record: PreferenceRecord) -> list[LossTerm]:
         terms = super().extra_terms(model, record)
-        alpha = self.args.ofs_alpha
-        if alpha is None or not self.model.training:
+        if not self.model.training:
             return terms
         slow_record = self.pair_statistics(model, record, adapter="slow")
         reduced = [mean_of_terms(each.pair_losses, self.accelerator) for each in (record, slow_record)]
@@ -246,8 +244,8 @@ class OfsDPOTrainer(PreferenceTrainer):
         return [
             *terms,
             *(LossTerm(f"slow_{term.name}", term.values, term.mask, term.coef) for term in slow_record.pair_losses),
-            LossTerm("ofs_chase", leads, coef=alpha),
-            LossTerm("ofs_chased", follows, coef=-alpha),
+            LossTerm("ofs_chase", leads, coef=self.args.ofs_alpha),
+            LossTerm("ofs_chased", follows, coef=-self.args.ofs_alpha),
         ]
 
     def after_backward(self) -> None:
