@@ -143,7 +143,12 @@ class OfsDPOTrainer(PreferenceTrainer):
 
     config_class = OfsDPOConfig
     method = declared("ofs_dpo")
-    extends = dict.fromkeys(("extra_terms", "optimizer", "after_backward", "run"), {"ofs_alpha": None})
+    extends = {
+        "extra_terms": {"ofs_alpha": None},
+        "optimizer": {"ofs_alpha": None},
+        "after_backward": {"ofs_alpha": None},
+        "run": {"ofs_alpha": None},
+    }
 
     def __init__(self, model, ref_model=None, args=None, *trl_args, **trl_kwargs):
         args = self.make_config(args, model)
