@@ -35,8 +35,8 @@ def create_card(trainer: Any, dataset_name: str | None, tags: str | list[str] | 
     folder.mkdir(parents=True, exist_ok=True)
     earlier = read_json(folder / RUN_FILE)
     # What an earlier version wrote says nothing of stages
-    told = {"stages": {}} | (earlier or {})
-    if earlier is not None and any(told.get(key) != scrub(run[key]) for key in ("methods", "stages", "config")):
+    known = {"stages": {}} | (earlier or {})
+    if earlier is not None and any(known.get(key) != scrub(run[key]) for key in ("methods", "stages", "config")):
         # Scores and examples of another run
         (folder / RUN_FILE).unlink()
     run = write_run(folder, run)
@@ -61,7 +61,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "family": trainer.family.name,
         "model_class": trainer.family.model_class,
         "pipeline_tag": trainer.family.pipeline_tag,
-        "methods": [_told(method) for method in trainer.methods],
+        "methods": [told(method) for method in trainer.methods],
         "stages": {stage: user.name for stage, user in trainer.user_stages.items()},
         "tags": [*trainer._tag_names, *(method.name for method in trainer.methods)],
         "adapter": adapter,
@@ -75,7 +75,7 @@ def describe(trainer: Any) -> dict[str, Any]:
     } | ({"base_model": model_id} if on_hub else {})
 
 
-def _told(method: Method) -> dict[str, Any]:
+def told(method: Method) -> dict[str, Any]:
     """What the card tells of a method."""
     paper = method.paper
     return {

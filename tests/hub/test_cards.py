@@ -9,11 +9,13 @@ from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papertrl import DlerGRPOTrainer, LpRegGRPOTrainer, compose
-from papertrl.hub.cards import cell, check_card, code_cell, fenced, model_card
+from papertrl import compose
+from papertrl.core.declaration import Method
+from papertrl.hub.cards import cell, check_card, code_cell, fenced, model_card, rounds_card
 from papertrl.hub.runfile import read_run
 from papertrl.hub.scrubbing import names_a_secret, scrub, scrub_command, scrub_text
 from papertrl.job.arguments import choose, parse
+from papertrl.trainers.description import told
 
 HOST = "gpu-node-17"
 
@@ -89,6 +91,22 @@ class TestMarkdown:
             assert "\n" not in shown and "|" not in shown.replace("\\|", "")
 
 
+ROUND = {
+    "name": "round_0",
+    "tables": ["pairs"],
+    "step": 0,
+    "prompts": 1,
+    "candidates": 2,
+    "pairs": 1,
+    "rewards": {},
+    "judge": None,
+    "reference": "initial",
+    "sampling": {"temperature": 1.0},
+    "seed": 0,
+    "papertrl": "0",
+}
+
+
 class TestCard:
     def test_content(self, trained):
         card = (trained / "README.md").read_text()
@@ -118,16 +136,38 @@ class TestCard:
             assert (getattr(got, "value", got)) == value, name
 
     def test_every_method_of_a_composed_trainer_is_cited(self, trained):
-        owners = [c for c in compose(LpRegGRPOTrainer, DlerGRPOTrainer).__mro__ if c.__dict__.get("method")]
-        assert len(owners) == 2
-        methods = [
-            {"name": o.method.name, "title": o._name, "summary": o.method.summary, "signal": "", "paper": o._paper}
-            for o in owners
-        ]
-        card = model_card(read_run(trained) | {"methods": methods}, trained)
-        for owner in owners:
-            assert owner._paper["citation"].strip() in card and f"arxiv:{owner._paper['id']}" in card
-            assert f"[{owner._paper['title']}](https://arxiv.org/abs/{owner._paper['id']})" in card
+        declared = compose("lp_reg", "dler", "gain_rl").methods
+        assert [method.name for method in declared] == ["lp_reg", "dler", "gain_rl"]
+        card = model_card(read_run(trained) | {"methods": list(map(told, declared))}, trained)
+        for method in declared:
+            assert method.paper.citation in card and f"arxiv:{method.paper.id}" in card
+            assert f"[{method.paper.title}](https://arxiv.org/abs/{method.paper.id})" in card
+        assert "**GAIN-RL** (`gain_rl`, in the slot *prompts*): Chooses" in card and "**DLER** (`dler`): Hard" in card
+
+    def test_a_method_without_a_paper(self, trained):
+        method = Method("mine", family="policy", title="Mine", summary="Does something")
+        run = read_run(trained) | {"methods": [told(method), told(compose("dler").method)]}
+        card = model_card(run, trained)
+        assert "* **Mine** (`mine`): Does something.\n* **DLER**" in card
+        assert card.count("arxiv:") == 1 and "Mine:\n\n```bibtex" not in card
+        rounds = rounds_card(run, [ROUND], "me/model")
+        assert "by Mine, [DLER](https://arxiv.org/abs/2510.15110)" in rounds
+
+    def test_functions_of_the_user(self, trained):
+        run = read_run(trained)
+        assert run["stages"] == {} and "own functions" not in model_card(run, trained)
+        card = model_card(run | {"stages": {"scale": "my.fn", "score": "my.other"}}, trained)
+        assert "The user's own functions act in its stages: `scale` by `my.fn`, `score` by `my.other`." in card
+
+    def test_what_an_earlier_version_wrote_still_makes_a_card(self, trained):
+        run = read_run(trained)
+        for later in ("stages", "pipeline_tag", "model_class"):
+            del run[later]
+        del run["scores"]["how"]
+        for method in run["methods"]:
+            del method["slot"], method["kind"]
+        card = model_card(run, trained)
+        assert "pipeline_tag: text-generation" in card and "(greedy, 4 prompts)" in card
 
     def test_an_evaluation_becomes_metadata(self, trained, tmp_path):
         run = read_run(trained) | {"base_model": "org/base", "dataset": {"id": "org/data", "split": "train"}}

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import sys
 import time
 from types import SimpleNamespace
 from unittest import mock
@@ -14,7 +13,8 @@ import pytest
 from papertrl.cli import main
 from papertrl.core.errors import JobError, UsageError
 from papertrl.hub import client as client_module
-from papertrl.hub.publishing import default_name, publish, publish_checkpoint, publish_trainer, valid_repo_id
+from papertrl.hub.publishing import default_name, publish, valid_repo_id
+from papertrl.trainers.publishing import publish_checkpoint, publish_trainer
 
 from .conftest import client
 from .server import OWNER, TOKEN, Fault
@@ -121,7 +121,7 @@ class TestContent:
             (output_dir / ".env").write_text("SECRET=1")
             return output_dir
 
-        monkeypatch.setitem(sys.modules, "papertrl.hub.space", SimpleNamespace(render_space=render_space))
+        monkeypatch.setattr("papertrl.hub.publishing.render_space", render_space)
         send(hub, folder, with_space=True)
         files = hub.files(f"{REPO}-demo", "space")
         assert set(files) == {".gitattributes", "README.md", "app.py"}
