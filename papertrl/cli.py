@@ -152,10 +152,8 @@ def summary(finished) -> str:
     output = finished.output_dir
     lines = []
     if finished.before is not None:
-        lines.append(
-            f"Held-out {finished.measure.replace('_', ' ')} ({finished.after.how}): {finished.before.mean:.3f} before, "
-            f"{finished.after.mean:.3f} after training"
-        )
+        measured = f"Held-out {finished.measure.replace('_', ' ')} ({finished.after.how})"
+        lines.append(f"{measured}: {finished.before.mean:.3f} before, {finished.after.mean:.3f} after training")
     weights = sorted(output.glob("*.safetensors"))
     files = [
         ("model", weights[0] if weights else output),
