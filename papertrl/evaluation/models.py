@@ -9,6 +9,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..core.errors import JobError
+from ..hub.cards import pipeline_of
 from ..hub.files import RUN_FILE, START_MODEL
 from ..hub.runfile import read_json
 from ..models.start import prepare_model
@@ -41,11 +42,16 @@ def load_model(name: str) -> Loaded:
             Folder, Hub id, or `smollm2`.
 
     Raises:
-        [`~papertrl.core.errors.JobError`]: if it cannot be loaded.
+        [`~papertrl.core.errors.JobError`]: if it cannot be loaded, or answers no prompts.
     """
     if name == "smollm2":
         return _ready(*prepare_model(name, None))
     folder = Path(name)
+    if pipeline_of(read_json(folder / RUN_FILE) or {}) != "text-generation":
+        raise JobError(
+            f"Model '{name}' scores answers and writes none. `papertrl train --reward_model` takes it, to judge those "
+            "of others."
+        )
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise JobError(f"Model '{name}': there is no such folder. Give the output directory of a run, or a Hub id.")
     try:

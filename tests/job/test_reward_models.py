@@ -141,11 +141,21 @@ def test_pairs_of_a_file(tmp_path, tiny_path):
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
+def test_it_judges_the_online_loop(run, tmp_path):
+    online = {"num_generations": None, "online_iterations": 1, "online_max_new_tokens": 4, "online_num_prompts": 16}
+    job = [*flags(**online | {"max_steps": 1}), "--reward_model", str(run), "--output_dir", "judged"]
+    assert cli.main(["train", "--method", "dpo", *job]) == 0
+    provenance = json.loads((tmp_path / "judged" / "rounds" / "round_0" / "provenance.json").read_text())
+    assert provenance["rewards"] == {"run": 1.0}
+
+
 def test_what_makes_no_sense_is_refused(run, tmp_path, capsys):
     small = flags(**REWARD_JOB)
     assert cli.main(["train", "--method", "reward", *small, "--reward_funcs", "exact_match"]) == 1
     assert "reward samples nothing to judge" in capsys.readouterr().err
     assert cli.main(["space", str(run)]) == 1
+    assert "scores answers and writes none" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(run)]) == 1
     assert "scores answers and writes none" in capsys.readouterr().err
     (tmp_path / "mine.yaml").write_text("stages: [{method: reward}, {method: sft}]\n")
     assert cli.main(["train", "--config", "mine.yaml", "--output_dir", "out"]) == 2
