@@ -1,68 +1,21 @@
 """Jobs of the family that scores answers instead of writing them."""
 
-import importlib.util
 import json
-import sys
-import types
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from trl import RewardConfig, RewardTrainer
 
 from papertrl import cli
-from papertrl.core.catalogue import load
-from papertrl.core.configuration import MethodConfigMixin, method_config
-from papertrl.core.family import REWARD
-from papertrl.trainers.method import MethodTrainer
 
 from .conftest import flags
 
 REWARD_JOB = {"num_generations": None, "max_steps": 3, "start_model_steps": 60, "save_steps": 3}
 
 
-@method_config
-class RewardModelConfig(MethodConfigMixin, RewardConfig):
-    """Of [`RewardModelTrainer`]."""
-
-
-class RewardModelTrainer(MethodTrainer, RewardTrainer):
-    """As little as a job needs of the family's base."""
-
-    family = REWARD
-    config_class = RewardModelConfig
-    _name = "Reward"
-    _tag_names = ["trl", "papertrl", "reward"]
-    _paper = None
-
-    def __init__(self, model, args=None, *trl_args, stages=None, **trl_kwargs):
-        given = self.trl_arguments(RewardTrainer, model, args, *trl_args, stages=stages, **trl_kwargs)
-        super().__init__(**given)
-        self.attach_slots()
-
-    @classmethod
-    def dataset_formats(cls, args):
-        return ("pairs",)
-
-
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def base():
-    """The family's base, or the one above where that is not there."""
-    if importlib.util.find_spec(REWARD.module) is not None:
-        yield
-        return
-
-    module = types.ModuleType(REWARD.module)
-    module.RewardModelTrainer = RewardModelTrainer
-    sys.modules[REWARD.module] = module
-    yield
-    del sys.modules[REWARD.module]
-    load.cache_clear()
 
 
 @pytest.fixture(scope="module")
