@@ -111,3 +111,38 @@ def test_what_hides_rows_is_refused(request, tmp_path):
     streamed = dataset("supervised").to_iterable_dataset()
     with pytest.raises(ValueError, match="'hardest' chooses rows and needs a map-style `train_dataset`"):
         build(trainer_class, "supervised", model_path("supervised", request), args, data=streamed)
+
+
+def even(completions, **kwargs):
+    return [float(len(text) % 2 == 0) for text in completions]
+
+
+class Evenness(Component):
+    """Adds a reward for texts of even length."""
+
+    method = Method("evenness", kind="component", slot="reward")
+    config_class = HardestConfig
+
+    def reward_funcs(self):
+        return [even]
+
+
+def test_a_reward_joins_those_of_the_online_loop(request, tmp_path):
+    trainer_class = compose("dpo", Evenness)
+    values = {"online_iterations": 1, "online_max_new_tokens": 4, "max_steps": 2}
+    args = trainer_class.config_class(**settings("preference", tmp_path, **values))
+    trainer = build(trainer_class, "preference", model_path("preference", request), args)
+    assert trainer.scorer.names == ["digit_parity", "even"]
+    trainer.train()
+
+
+def test_a_reward_is_refused_where_nothing_is_judged(request, tmp_path):
+    trainer_class = compose("sft", Evenness)
+    args = trainer_class.config_class(**settings("supervised", tmp_path))
+    with pytest.raises(ValueError, match="'evenness' adds a reward, but the family supervised samples nothing"):
+        build(trainer_class, "supervised", model_path("supervised", request), args)
+
+
+def test_a_component_of_another_family_is_refused():
+    with pytest.raises(TypeError, match=r"Components \['gain_rl'\] do not serve the family preference"):
+        compose("dpo", "gain_rl")

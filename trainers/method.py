@@ -47,6 +47,11 @@ class MethodTrainer(FillsSlots, Staged):
         super().__init_subclass__(**kwargs)
         listed = [component for base in cls.__mro__ for component in base.__dict__.get("components", ())]
         cls.components = tuple(dict.fromkeys(listed))
+        strange = [c.method.name for c in cls.components if c.method.family not in (None, cls.family.name)]
+        if strange:
+            raise TypeError(
+                f"Components {strange} do not serve the family {cls.family}, but that of their declaration."
+            )
         owners = cls.owners()
         # What a method carries is a part of it, and no method beside it
         carried = {component for owner in owners for component in owner.__dict__["components"]}

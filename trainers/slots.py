@@ -61,8 +61,13 @@ class FillsSlots:
             given["train_dataset"] = component.rows(given.get("train_dataset"))
         self.check_columns(given.get("train_dataset"), config)
         rewards = [reward for component in self.slots.of("reward") for reward in component.reward_funcs()]
+        if rewards and not self.family.judged:
+            raise ValueError(
+                f"Component '{self.slots.of('reward')[0].method.name}' adds a reward, but the family {self.family} "
+                "samples nothing to judge. Leave it out."
+            )
         if rewards:
-            given["reward_funcs"] = [*_as_list(given.get("reward_funcs")), *rewards]
+            given["reward_funcs"] = [*as_list(given.get("reward_funcs")), *rewards]
         if self.slots.of("model") and isinstance(model, str):
             given["model"] = self._load_model(model, config, given.pop("quantization_config", None))
         for component in self.slots.of("model"):
@@ -191,7 +196,8 @@ class FillsSlots:
         return grad_norm
 
 
-def _as_list(value: Any) -> list[Any]:
+def as_list(value: Any) -> list[Any]:
+    """A value, several, or none, as a list."""
     if value is None:
         return []
     return list(value) if isinstance(value, (list, tuple)) else [value]

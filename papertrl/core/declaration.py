@@ -73,7 +73,7 @@ class Method:
         summary (`str`):
             What the method does, in one line.
         family (`str`, *optional*):
-            Family of an objective; of a component, the family whose base it rides on where no other is named.
+            Family of an objective; of a component, the only one that it serves, if there is one.
         slot (`str`, *optional*):
             Slot of a component.
         title (`str`, *optional*):

@@ -4,6 +4,7 @@ from trl import DPOConfig, DPOTrainer
 
 from ...core.configuration import MethodConfigMixin, method_config, method_field
 from ...core.family import PREFERENCE
+from ..slots import as_list
 from .collation import CarryingCollator
 from .online.judging import RewardScorer
 from .online.loop import OnlineLoop
@@ -165,6 +166,8 @@ class PreferenceTrainer(PreferenceStages, OnlineStages, OpenedDPOTrainer):
     ):
         given = self.trl_arguments(DPOTrainer, model, ref_model, args, *trl_args, stages=stages, **trl_kwargs)
         args, dataset = given["args"], given.get("train_dataset")
+        if "reward_funcs" in given:
+            reward_funcs = [*as_list(reward_funcs), *given.pop("reward_funcs")]
         self.check_online(dataset, reward_funcs, judge)
         # What TRL must leave as it is
         self._prompts = dataset if args.online_iterations > 0 else None
