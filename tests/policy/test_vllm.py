@@ -7,7 +7,7 @@ import pytest
 import torch
 from trl import GRPOConfig, GRPOTrainer
 
-from papertrl.core.catalogue import load_trainer
+from papertrl.core.catalogue import DECLARATIONS, load_trainer
 from papertrl.core.compose import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.record import Source
@@ -77,7 +77,7 @@ def test_combination_trains_on_what_the_client_sampled(policy_path, tmp_path):
     trainer = train(trainer_class, active_config(trainer_class, names, tmp_path, **values), policy_path)
     assert all(value.isfinite().all() for value in weights(trainer).values())
     logged = set().union(*trainer.state.log_history)
-    assert {trainer_class.method.signal for trainer_class in map(load_trainer, names)} <= logged
+    assert {DECLARATIONS[name].signal for name in names} <= logged
 
 
 def test_rows_sampled_under_a_hint_are_corrected_under_it(policy_path, tmp_path):

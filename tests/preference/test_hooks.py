@@ -76,9 +76,11 @@ def test_hooks_are_called_when_they_say(tiny_path, tokenizer, tmp_path):
     assert all(torch.equal(value, weights(trainer)[name]) for name, value in weights(again).items())
 
 
-def test_who_decides_a_stage(tiny_path, tokenizer, tmp_path):
+def test_who_decides_a_stage(tmp_path):
     def decides(cls, stage, **options):
-        return make_trainer(cls, tiny_path, tokenizer, tmp_path, online_iterations=0, **options).replaced_by(stage)
+        trainer = object.__new__(cls)
+        trainer.args = cls.config_class(str(tmp_path), use_cpu=True, bf16=False, **options)
+        return trainer.replaced_by(stage)
 
     assert decides(XpoDPOTrainer, "pair") is None
     assert decides(compose(XpoDPOTrainer, RsoDPOTrainer), "judge") == "rso"

@@ -163,7 +163,7 @@ def test_the_command_line_names_it():
 
 @pytest.mark.parametrize("trainer_class", [ALONE, HapoGRPOTrainer])
 def test_a_model_without_the_rollout_loop_is_refused(trainer_class, policy_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("papertrl.trainers.policy.rollout.supported", lambda *_: "of a test")
+    monkeypatch.setattr("papertrl.trainers.policy.sampling.supported", lambda *_: "of a test")
     with pytest.raises(ValueError, match="`hapo_temperature_tau` must be 0 with this model"):
         run(trainer_class, policy_path, tmp_path)
     assert metric(run(trainer_class, policy_path, tmp_path, hapo_temperature_tau=0.0), "loss")

@@ -209,7 +209,7 @@ def test_a_model_without_a_name_needs_a_base(policy_path, tmp_path, moved, token
 
 
 def test_a_model_without_the_rollout_loop_is_refused(policy_path, tmp_path, monkeypatch):
-    monkeypatch.setattr("papertrl.trainers.policy.rollout.supported", lambda *_: "of a test")
+    monkeypatch.setattr("papertrl.trainers.policy.sampling.supported", lambda *_: "of a test")
     with pytest.raises(ValueError, match="`rlg_scale` must be 1 with this model"):
         run(GUIDED, policy_path, tmp_path)
 

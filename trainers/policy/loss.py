@@ -1,5 +1,6 @@
 """The loss of the policy family: TRL's `GRPOTrainer._compute_loss`, with stages in the places of its parts."""
 
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ def policy_loss(trainer: Any, model: torch.nn.Module, record: RolloutRecord) -> 
         per_token_loss = per_token_loss + trainer.beta * divergence
         trainer.log_mean("kl", (divergence * record.loss_mask).sum(), record.loss_mask.sum())
     loss, logged_loss = trainer.aggregate(per_token_loss, record)
-    for term in trainer.extra_terms(stats, record):
+    # Added up in one order, whatever that of the methods
+    for term in sorted(trainer.extra_terms(stats, record), key=attrgetter("name")):
         if term.per is None:
             value, _ = trainer.aggregate(term.values if term.mask is None else term.values * term.mask, record)
         else:

@@ -1,6 +1,7 @@
 """All contact with the inside of TRL's `DPOTrainer`: its methods that the family overrides, behind the stages."""
 
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,8 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
     def _compute_loss(self, model, inputs, return_outputs):
         samples = self.sample(inputs)
         record = self._evaluate_pairs(model, inputs, samples, [])
-        extra_terms = self.extra_terms(model, record)
+        # Added up in one order, whatever that of the methods
+        extra_terms = sorted(self.extra_terms(model, record), key=attrgetter("name"))
         self.observe_rows(sum(term.values * term.coef for term in record.pair_losses))
 
         loss = pair_loss = mean_of_terms(record.pair_losses, self.accelerator)

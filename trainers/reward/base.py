@@ -1,6 +1,7 @@
 """The reward family: TRL's `RewardTrainer` with its loss opened into stages."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -184,7 +185,7 @@ class RewardModelTrainer(MethodTrainer, RewardTrainer):
                 f"{tuple(pairs.values.shape)}."
             )
         self.observe_rows(pairs.values)
-        terms = [pairs, *self.extra_terms(record)]
+        terms = [pairs, *sorted(self.extra_terms(record), key=attrgetter("name"))]
         for term in terms:
             self.log_mean(f"loss/{term.name}", term.sum(), term.count())
         return mean_of_terms(terms, self.accelerator)

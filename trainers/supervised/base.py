@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -234,7 +235,10 @@ class SupervisedTrainer(MethodTrainer, SFTTrainer):
     def per_token_loss(self, record: SupervisedRecord) -> torch.Tensor:
         """Run the stages, log their terms and add them up: `(batch, time - 1)`, 0 where there is no label."""
         weights = self.token_weights(record) * self.example_weights(record)[record.example_ids]
-        terms = [LossTerm("token", self.token_loss(record) * weights), *self.extra_terms(record)]
+        terms = [
+            LossTerm("token", self.token_loss(record) * weights),
+            *sorted(self.extra_terms(record), key=attrgetter("name")),
+        ]
         count = record.label_mask.sum()
         total = torch.zeros_like(record.log_probs)
         for term in terms:

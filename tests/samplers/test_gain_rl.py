@@ -153,24 +153,24 @@ def test_prompts_follow_the_order_and_the_window_moves_by_the_formula(policy_pat
         mu = min(max(mu + min(max(shift, 0.0), 50.0), 0.0), 23.0)
     assert metric(trainer, "gain_rl/mu") == pytest.approx(moved, abs=1e-3)
     assert moved[1] > 0 and len(set(moved)) > 2
-    assert trainer._curriculum.order.tolist() == order
+    assert trainer.slots.prompts()._curriculum.order.tolist() == order
 
 
 def test_refilled_groups_come_from_the_same_window(policy_path, tmp_path):
     trainer_class = compose(GainRlGRPOTrainer, DlerGRPOTrainer)
     both = NARROW | {"gain_step": 1e-3, "beta": 0.0, "dler_max_resample_batches": 3, "per_device_train_batch_size": 8}
     trainer = run(trainer_class, policy_path, tmp_path, **both)
-    order = trainer._curriculum.order.tolist()
+    order = trainer.slots.prompts()._curriculum.order.tolist()
     for generation in trainer.generations:
-        assert set(generation[0].prompt_indices.tolist()) <= nearest(order, trainer._curriculum.mu, 5)
+        assert set(generation[0].prompt_indices.tolist()) <= nearest(order, trainer.slots.prompts()._curriculum.mu, 5)
     assert max(metric(trainer, "groups/refill_rounds")) > 0
 
 
 def test_left_padding_does_not_change_the_signal(policy_path, tmp_path):
     trainer = make(GainRlGRPOTrainer, policy_path, tmp_path)
     prompts = ["1+2=", "12345678*9=", "77-7", "3"]
-    together = trainer._signals(prompts)
-    alone = torch.cat([trainer._signals([p]) for p in prompts])
+    together = trainer.slots.prompts()._signals(prompts)
+    alone = torch.cat([trainer.slots.prompts()._signals([p]) for p in prompts])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-4, equal_nan=True)
     assert together[3].isnan() and together[:3].isfinite().all()
 
@@ -214,7 +214,7 @@ def test_conversations_are_segmented_by_the_chat_template(policy_path, chat_toke
     """What the template adds before the question is prefix, the generation prompt is neither."""
     trainer = chat_trainer(policy_path, chat_tokenizer, tmp_path)
     for conversation, prefix, question in zip(CONVERSATIONS, PREFIXES, QUESTIONS, strict=True):
-        ids, in_prefix, in_question = trainer._segments(conversation)
+        ids, in_prefix, in_question = trainer.slots.prompts()._segments(conversation)
 
         def text(mask, ids=ids):
             return "".join(chat_tokenizer.convert_ids_to_tokens([i for i, m in zip(ids, mask, strict=True) if m]))
@@ -226,7 +226,7 @@ def test_conversations_are_segmented_by_the_chat_template(policy_path, chat_toke
 @pytest.mark.parametrize("weight", [1.0, 8.0])
 def test_signal_of_a_conversation(weight, policy_path, chat_tokenizer, tmp_path):
     trainer = chat_trainer(policy_path, chat_tokenizer, tmp_path, gain_inter_weight=weight)
-    found = trainer._signals(CONVERSATIONS)
+    found = trainer.slots.prompts()._signals(CONVERSATIONS)
     for value, prefix, question in zip(found.tolist(), PREFIXES, QUESTIONS, strict=True):
         ids = chat_tokenizer(prefix + question + "<assistant>", add_special_tokens=False)["input_ids"]
         vectors = mlp_inputs(trainer.model, ids)
@@ -263,7 +263,7 @@ def test_unscored_rows_do_not_stop_the_curriculum(policy_path, tmp_path):
 
 def test_shares_of_the_data(policy_path, tmp_path):
     values = {"gain_sigma": 0.25, "gain_step": 0.5, "gain_shift_max": 0.125, "max_steps": 1}
-    sampler = run(GainRlGRPOTrainer, policy_path, tmp_path, **values)._curriculum
+    sampler = run(GainRlGRPOTrainer, policy_path, tmp_path, **values).slots.prompts()._curriculum
     assert (sampler.sigma, sampler.step, sampler.shift_max) == (4.0, 8.0, 2.0)
 
 
