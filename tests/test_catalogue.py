@@ -383,7 +383,8 @@ def run_both_ways(names, request, tmp_path):
     first, second = map(weights, found)
     for key, value in first.items():
         assert value.isfinite().all()
-        torch.testing.assert_close(value, second[key], rtol=0, atol=0)
+        # Passes of several methods add their gradients up in the order in which they were made
+        torch.testing.assert_close(value, second[key], rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("block", ALL_BLOCKS, ids="+".join)

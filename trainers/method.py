@@ -49,9 +49,7 @@ class MethodTrainer(FillsSlots, Staged):
         cls.components = tuple(dict.fromkeys(listed))
         strange = [c.method.name for c in cls.components if c.method.family not in (None, cls.family.name)]
         if strange:
-            raise TypeError(
-                f"Components {strange} do not serve the family {cls.family}, but that of their declaration."
-            )
+            raise TypeError(f"Components {strange} do not serve the family {cls.family}, as their declarations say.")
         owners = cls.owners()
         # What a method carries is a part of it, and no method beside it
         carried = {component for owner in owners for component in owner.__dict__["components"]}

@@ -4,7 +4,6 @@ from typing import Any
 
 from torch import Tensor
 from transformers import LogitsProcessor, TrainingArguments
-from trl import GRPOConfig
 
 from ...core.declaration import Method
 from ...core.stages import remedy
@@ -44,11 +43,6 @@ def check_config(args: Any, method: Method) -> None:
     if not isinstance(args, TrainingArguments):
         return
     without = f"or set `{remedy(method.neutral)}`."
-    if not isinstance(args, GRPOConfig):
-        raise ValueError(
-            f"Component '{method.name}' changes how the policy family samples, got a `{type(args).__name__}`. Use a "
-            f"trainer of that family, {without}"
-        )
     for name, value in (
         ("use_vllm", False),
         ("use_transformers_continuous_batching", False),

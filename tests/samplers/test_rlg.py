@@ -229,7 +229,7 @@ def test_bad_values_are_refused(values, message, tmp_path):
         GUIDED.config_class(**settings("policy", tmp_path, **values))
 
 
-def test_other_families_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="'rlg' changes how the policy family samples"):
-        compose("sft", Rlg).config_class(**settings("supervised", tmp_path))
+def test_other_families_are_refused():
+    with pytest.raises(TypeError, match=r"Components \['rlg'\] do not serve the family supervised"):
+        compose("sft", Rlg)
     assert RlgConfig().rlg_scale == 1.6
