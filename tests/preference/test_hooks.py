@@ -84,7 +84,7 @@ def test_who_decides_a_stage(tmp_path):
 
     assert decides(XpoDPOTrainer, "pair") is None
     assert decides(compose(XpoDPOTrainer, RsoDPOTrainer), "judge") == "rso"
-    both, options = compose(UpoDPOTrainer, RsoDPOTrainer), {"upo_mc_passes": 0}
+    both, options = compose(UpoDPOTrainer, RsoDPOTrainer), {"upo_mc_passes": 0, "online_num_samples": 8}
     assert decides(both, "pair", upo_pairing="none", **options) == "rso"
     assert decides(both, "pair", rso_pairing="none", **options) == "upo"
     assert decides(both, "judge", rso_pairing="none", **options) is None
