@@ -83,7 +83,7 @@ def test_who_decides_a_stage(tmp_path):
         return trainer.replaced_by(stage)
 
     assert decides(XpoDPOTrainer, "pair") is None
-    assert decides(compose(XpoDPOTrainer, RsoDPOTrainer), "judge") == "rso"
+    assert decides(compose(XpoDPOTrainer, RsoDPOTrainer), "judge", online_num_samples=8) == "rso"
     both, options = compose(UpoDPOTrainer, RsoDPOTrainer), {"upo_mc_passes": 0, "online_num_samples": 8}
     assert decides(both, "pair", upo_pairing="none", **options) == "rso"
     assert decides(both, "pair", rso_pairing="none", **options) == "upo"
