@@ -200,17 +200,8 @@ class Component:
         return []
 
 
-class Components(list):
-    """
-    The components of one trainer, in the order in which they were listed.
-
-    Args:
-        components (`Iterable[Component]`):
-            Those that are on.
-    """
-
-    def __init__(self, components: Iterable[Component] = ()):
-        super().__init__(components)
+class Components(list[Component]):
+    """Those components of one trainer that are on, in the order in which they were listed."""
 
     def of(self, *slots: str) -> list[Component]:
         """Those that fill one of `slots`."""
