@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from papertrl import PolicyTrainer
 from papertrl.core.declaration import Method
 from papertrl.core.stages import Staged, is_off, remedy
 
@@ -381,3 +382,12 @@ def test_a_plain_class_extends_functions_of_the_class():
     both = type("Both", (column("two", b=0), Plain), {})
     assert both.columns(SimpleNamespace(a=0, b=0)) == ["plain"]
     assert both.columns(SimpleNamespace(a=1, b=1)) == ["one", "plain", "two"]
+
+
+def test_settings_that_are_no_fields_are_refused_at_class_creation():
+    with pytest.raises(TypeError, match=r"stage 'scale' is off under \['nothing_like_it'\], but `PolicyConfig`"):
+        type(
+            "Odd",
+            (PolicyTrainer,),
+            {"method": Method("odd", family="policy"), "extends": {"scale": {"nothing_like_it": 0}}},
+        )

@@ -1,6 +1,7 @@
 """What every trainer of the library shares, whatever its family: config, methods, slots, metrics, state, card."""
 
 import inspect
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +13,7 @@ from ..core.configuration import merge_configs
 from ..core.declaration import Method
 from ..core.family import Family
 from ..core.slots import refuse_shared_slots
-from ..core.stages import Link, Staged
+from ..core.stages import Link, Staged, ways_off
 from ..core.state import load_state, save_state
 from .checkpoints import check_checkpoint, last_complete_checkpoint
 from .description import create_card
@@ -72,6 +73,20 @@ class MethodTrainer(FillsSlots, Staged):
         for name, make in made.items():
             if name not in cls.__dict__ or (name == "config_class" and cls.components):
                 setattr(cls, name, make())
+        if cls in owners:
+            cls._check_settings()
+
+    @classmethod
+    def _check_settings(cls) -> None:
+        """Check that the settings under which stages are off are fields of the config."""
+        known = {f.name for f in fields(cls.config_class)}
+        for stage, off in {**cls.extends, **cls.replaces}.items():
+            unknown = [name for way in ways_off(off) for name in way if name not in known]
+            if unknown:
+                raise TypeError(
+                    f"Method '{cls.method.name}' says that its stage '{stage}' is off under {unknown}, but "
+                    f"`{cls.config_class.__name__}` has no such field."
+                )
 
     @classmethod
     def make_config(cls, args: Any, model: Any) -> Any:

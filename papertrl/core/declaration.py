@@ -4,6 +4,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,4 @@ def declared(name: str, beside: str | None = None) -> Method:
     return read_declaration(folder / f"{name}.toml")
 
 
-def _methods_folder() -> Path:
-    from importlib.util import find_spec
-
-    return Path(find_spec("papertrl.methods").origin).parent
-
-
-METHODS_FOLDER = _methods_folder()
+METHODS_FOLDER = Path(find_spec("papertrl.methods").origin).parent

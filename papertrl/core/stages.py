@@ -13,16 +13,19 @@ Settings = Mapping[str, Any]
 Off = Settings | tuple[Settings, ...]
 
 
+def ways_off(off: Off) -> list[Settings]:
+    """Each of the settings under which a stage is off."""
+    return [way for way in (off if isinstance(off, tuple) else (off,)) if way]
+
+
 def is_off(off: Off, args: Any) -> bool:
     """Whether a stage that is `off` under some settings is so under the config `args`."""
-    ways = off if isinstance(off, tuple) else (off,)
-    return any(way and all(getattr(args, name) == value for name, value in way.items()) for way in ways)
+    return any(all(getattr(args, name) == value for name, value in way.items()) for way in ways_off(off))
 
 
 def remedy(off: Off) -> str:
     """Settings under which a stage is off, as text; empty if it never is."""
-    ways = off if isinstance(off, tuple) else (off,)
-    return " or ".join(" and ".join(f"{name}={value!r}" for name, value in way.items()) for way in ways if way)
+    return " or ".join(" and ".join(f"{name}={value!r}" for name, value in way.items()) for way in ways_off(off))
 
 
 @dataclass(frozen=True)
