@@ -107,8 +107,17 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
         with torch.no_grad():
             return loss, model(**model_inputs_of(inputs), use_cache=False)
 
-    # Completion tokens that the run has sampled, on all ranks: by the stage *sample*, and candidates of rounds
-    sampled_tokens: int = 0
+    # On the device where the stage *sample* counted them, so that nothing waits for it
+    _sampled_tokens: int | torch.Tensor = 0
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Completion tokens that the run has sampled, on all ranks: by the stage *sample*, and candidates of rounds."""
+        return int(self._sampled_tokens)
+
+    def count_sampled(self, tokens: int) -> None:
+        """Count completion tokens, of all ranks, that were sampled outside of the stage *sample*."""
+        self._sampled_tokens = self._sampled_tokens + tokens
 
     @property
     def trained_tokens(self) -> int:
@@ -147,7 +156,7 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
         if record.aux_loss is not None:
             log_ratio("aux_loss", "aux_loss", "ranks")
         if record.samples:
-            self.sampled_tokens += int(total["sampled"])
+            self._sampled_tokens = self._sampled_tokens + total["sampled"].long()
         if self.model.training:
             # Kept on the device: nothing waits for it until the log is written
             self._total_train_tokens = self._total_train_tokens + total["processed"].long() // self._tp_size
@@ -198,6 +207,6 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
 
     def load_method_state(self, state: dict[str, Any]) -> None:
         super().load_method_state(state)
-        self._total_train_tokens, self.sampled_tokens = state["num_tokens"], state.get("sampled_tokens", 0)
+        self._total_train_tokens, self._sampled_tokens = state["num_tokens"], state.get("sampled_tokens", 0)
         if self.online is not None:
             self.online.reference.load_state(state)

@@ -150,7 +150,7 @@ class OnlineLoop:
                     "Restore it, or resume from a checkpoint between two iterations."
                 )
             if begins:
-                trainer.sampled_tokens += provenance["tokens"]
+                trainer.count_sampled(provenance["tokens"])
                 for name, value in provenance["metrics"].items():
                     trainer._metrics["train"][f"online/{name}"].append(value)
             self._rounds[iteration] = pairs and trainer.prepare(pairs, f"round_{iteration}")
