@@ -112,7 +112,7 @@ class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
 
     @property
     def sampled_tokens(self) -> int:
-        """Completion tokens that the run has sampled, on all ranks: by the stage *sample*, and candidates of rounds."""
+        """Completion tokens that the run has sampled, on all ranks: by the stage *sample*, and in rounds."""
         return int(self._sampled_tokens)
 
     def count_sampled(self, tokens: int) -> None:
