@@ -3,22 +3,26 @@
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import torch
+from accelerate.logging import get_logger
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from trl.trainer.utils import get_config_model_id
 
-from ..core.configuration import merge_configs
+from ..core.configuration import field_default, merge_configs
 from ..core.declaration import Method
 from ..core.family import Family
-from ..core.slots import refuse_shared_slots
-from ..core.stages import Link, Staged, ways_off
+from ..core.slots import Component, refuse_shared_slots
+from ..core.stages import Link, Staged, is_off, remedy, ways_off
 from ..core.state import load_state, save_state
 from .checkpoints import check_checkpoint, last_complete_checkpoint
 from .description import create_card
 from .publishing import create_trainer_repo, publish_checkpoint, publish_trainer
 from .slots import FillsSlots
+
+logger = get_logger(__name__)
 
 
 class MethodTrainer(FillsSlots, Staged):
@@ -47,11 +51,22 @@ class MethodTrainer(FillsSlots, Staged):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         listed = [component for base in cls.__mro__ for component in base.__dict__.get("components", ())]
+        odd = [c for c in listed if not (isinstance(c, type) and issubclass(c, Component))]
+        if odd:
+            raise TypeError(f"`{cls.__name__}.components` must be component classes, got {odd}.")
         cls.components = tuple(dict.fromkeys(listed))
         strange = [c.method.name for c in cls.components if c.method.family not in (None, cls.family.name)]
         if strange:
             raise TypeError(f"Components {strange} do not serve the family {cls.family}, as their declarations say.")
         owners = cls.owners()
+        for method in cls.methods:
+            if method.kind != "objective" or method.family != cls.family.name:
+                raise TypeError(
+                    f"Method '{method.name}' is declared as {method.kind} of {method.family}, but is the `method` of "
+                    f"a trainer of the family {cls.family}."
+                )
+        if len(set(cls.methods)) < len(cls.methods):
+            raise TypeError(f"`{cls.__name__}` has a method twice: {[m.name for m in cls.methods]}.")
         # What a method carries is a part of it, and no method beside it
         carried = {component for owner in owners for component in owner.__dict__["components"]}
         cls.methods += tuple(component.method for component in cls.components if component not in carried)
@@ -80,6 +95,12 @@ class MethodTrainer(FillsSlots, Staged):
     def _check_settings(cls) -> None:
         """Check that the settings under which stages are off are fields of the config."""
         known = {f.name for f in fields(cls.config_class)}
+        strange = [name for name in cls.method.neutral if name not in known]
+        if strange:
+            raise TypeError(
+                f"The declaration of method '{cls.method.name}' has the neutral settings {strange}, but "
+                f"`{cls.config_class.__name__}` has no such field."
+            )
         for stage, off in {**cls.extends, **cls.replaces}.items():
             unknown = [name for way in ways_off(off) for name in way if name not in known]
             if unknown:
@@ -102,10 +123,25 @@ class MethodTrainer(FillsSlots, Staged):
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = cls.config_class(f"{model_name.split('/')[-1]}-{cls.__name__.removesuffix('Trainer')}")
+        given = args
         args = cls.config_class.adopt(args)
+        if args is not given:
+            cls._warn_of_what_is_off(args)
         cls.refuse_clashes(args)
         refuse_shared_slots(cls.components, args)
         return args
+
+    @classmethod
+    def _warn_of_what_is_off(cls, args: Any) -> None:
+        """Tell of stages that a method would act in by default, but for values of TRL's own config."""
+        defaults = SimpleNamespace(**{f.name: field_default(f) for f in fields(cls.config_class)})
+        for owner in cls.owners():
+            for stage, off in {**owner.__dict__.get("extends", {}), **owner.__dict__.get("replaces", {})}.items():
+                if is_off(off, args) and not is_off(off, defaults):
+                    logger.warning(
+                        f"'{owner.method.name}' leaves the stage '{stage}' alone with {remedy(off)}, which the config "
+                        f"passed has. Pass a `{cls.config_class.__name__}` for the method's own defaults."
+                    )
 
     @classmethod
     def needs_scores(cls, args: Any) -> bool:

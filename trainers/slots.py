@@ -12,6 +12,19 @@ from trl.trainer.utils import create_model_from_path
 from ..core.slots import Component, Components
 from .user_stages import UserStage, check_user_stages
 
+# Functions of stages whose base calls components, with their hook
+_HOOKS = {
+    "choose_prompts": "choose",
+    "logits_processors": "logits_processors",
+    "old_pass_needs": "needs",
+    "collect_statistics": "see_rollouts",
+    "prepare_objective": "prepared",
+    "observe_batch": "observe",
+    "contributing_rows": "computes_all_rows",
+    "after_backward": "after_backward",
+    "before_update": "before_update",
+}
+
 
 class FillsSlots:
     """
@@ -57,6 +70,7 @@ class FillsSlots:
         # Stages run inside of TRL's constructor, before it sets this
         self.args = config
         self.slots = Components(c for c in (component(config) for component in self.components) if c.on)
+        self._refuse_hidden_components()
         for component in self.slots.of("data"):
             given["train_dataset"] = component.rows(given.get("train_dataset"))
         self.check_columns(given.get("train_dataset"), config)
@@ -100,6 +114,23 @@ class FillsSlots:
             component.attach(self)
             for callback in component.callbacks():
                 self.add_callback(callback)
+
+    def _refuse_hidden_components(self) -> None:
+        """Check that nobody takes the place of the base in a stage where components act."""
+        for function, hook in _HOOKS.items():
+            acting = [c for c in self.slots if getattr(type(c), hook) is not getattr(Component, hook)]
+            user = self.user_stages.get(function)
+            if acting and user is not None and not user.extends:
+                raise ValueError(
+                    f"`stages['{function}']`: component '{acting[0].method.name}' acts in this stage, in whose place "
+                    f"'{user.name}' would be. Take a parameter `default`, or leave one of the two out."
+                )
+        chooser = self.slots.prompts()
+        if chooser is not None and "choose_prompts" in self.stages and self.replaced_by("choose_prompts"):
+            raise ValueError(
+                f"Component '{chooser.method.name}' and method '{self.replaced_by('choose_prompts')}' both choose "
+                "prompts. Leave one of them out."
+            )
 
     def _check_chooser(self) -> None:
         chooser = self.slots.prompts()

@@ -33,8 +33,8 @@ class UserStage:
 
     @property
     def parameters(self) -> list[str]:
-        """Names of its parameters."""
-        return list(inspect.signature(self.function).parameters)
+        """Names of its parameters, without those that have a default value of their own."""
+        return _required(self.function)
 
     @property
     def extends(self) -> bool:
@@ -51,12 +51,20 @@ class UserStage:
         values = {**given, TRAINER: trainer, DEFAULT: default}
         result = self.function(**{name: values[name] for name in self.parameters})
         expected = _expected_shape(self.stage, given, default)
-        if expected is not None and (found := tuple(getattr(result, "shape", ()))) != expected:
+        found = tuple(getattr(result, "shape", ()))
+        per_row = self.stage == "objective" and expected is not None and found == (expected[0], 1)
+        if expected is not None and found != expected and not per_row:
             raise ValueError(
                 f"The function '{self.name}' of the stage '{self.stage}' must return a tensor of shape {expected}, "
                 f"got {type(result).__name__} of shape {found}."
             )
         return result
+
+
+def _required(function: Callable) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 
 
 def _expected_shape(stage: str, given: Mapping[str, Any], default: Any) -> tuple[int, ...] | None:
@@ -82,6 +90,7 @@ _SHAPED_LIKE = {
     "objective": ("stats.logps",),
     "divergence": ("stats.logps",),
     "margin": ("chosen_scores",),
+    "smoothing": ("record.margins",),
     "token_loss": ("record.log_probs",),
     "token_weights": ("record.log_probs",),
 }
@@ -104,6 +113,19 @@ def load_function(path: str) -> Callable:
     return function
 
 
+def _check_stage(trainer_class: type, stage: str) -> None:
+    functions = [function for names in trainer_class.stages.values() for function in names]
+    known = [name for name in functions if not inspect.ismethod(getattr(trainer_class, name))]
+    if stage in known:
+        return
+    hint = f"it has {known}"
+    if stage in trainer_class.stages:
+        hint = f"which consists of {trainer_class.stages[stage]}: name one of these"
+    elif stage in functions:
+        hint = "which is asked of the class, before there is a trainer; write a subclass instead"
+    raise ValueError(f"`stages` names '{stage}', which {trainer_class.__name__} does not have as a function; {hint}.")
+
+
 def check_user_stages(
     trainer_class: type, args: Any, stages: Mapping[str, Callable | str] | None
 ) -> dict[str, UserStage]:
@@ -124,24 +146,26 @@ def check_user_stages(
         `TypeError`: if something given is no function.
     """
     checked = {}
-    known = [function for functions in trainer_class.stages.values() for function in functions]
-    known = [name for name in known if not inspect.ismethod(getattr(trainer_class, name))]
+    if not isinstance(stages or {}, Mapping):
+        raise TypeError(f"`stages` must map stages to functions, got `{type(stages).__name__}`.")
     for stage, given in (stages or {}).items():
-        if stage not in known:
-            raise ValueError(
-                f"`stages` names '{stage}', which {trainer_class.__name__} does not have; it has {known}."
-            )
+        _check_stage(trainer_class, stage)
         function = load_function(given) if isinstance(given, str) else given
-        if not callable(function):
+        if not callable(function) or inspect.isclass(function):
             raise TypeError(f"`stages['{stage}']` must be a function, got `{type(function).__name__}`.")
-        name = given if isinstance(given, str) else f"{function.__module__}.{getattr(function, '__qualname__', stage)}"
+        inner = getattr(function, "func", function)
+        name = given if isinstance(given, str) else f"{inner.__module__}.{getattr(inner, '__qualname__', stage)}"
         accepted = [*list(inspect.signature(getattr(trainer_class, stage)).parameters)[1:], DEFAULT, TRAINER]
-        parameters = inspect.signature(function).parameters
-        unknown = [p for p in parameters if p not in accepted]
+        try:
+            parameters = inspect.signature(function).parameters.values()
+        except ValueError as error:
+            raise ValueError(f"`stages['{stage}']`: the parameters of '{name}' cannot be read. Wrap it.") from error
+        unknown = [p for p in _required(function) if p not in accepted]
+        unknown += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
         if unknown:
             raise ValueError(
                 f"`stages['{stage}']`: '{name}' has the parameters {unknown}, but the stage has {accepted[:-2]}, and "
-                f"`{DEFAULT}` (what the others in the stage came to) and `{TRAINER}`; take any of these."
+                f"`{DEFAULT}` (what the others in the stage came to) and `{TRAINER}`; take any of these, by name."
             )
         checked[stage] = UserStage(stage, function, name)
         deciding = [] if checked[stage].extends else trainer_class.deciding(trainer_class.stage_of(stage), args)

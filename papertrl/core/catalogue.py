@@ -128,7 +128,9 @@ def find_trained(name: str) -> str:
     """
     key = find(name)
     if key in DECLARATIONS and DECLARATIONS[key].kind == "study":
-        raise ValueError(f"'{key}' is a study, which trains no language model. `papertrl claims {key}` runs it.")
+        raise ValueError(
+            f"'{key}' is a study, which trains no language model: run `python -m {entry_of(DECLARATIONS[key])[0]}`."
+        )
     return key
 
 

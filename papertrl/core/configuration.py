@@ -6,7 +6,8 @@ import functools
 import inspect
 import math
 import warnings
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from types import MappingProxyType
 from typing import Any
 
 
@@ -64,7 +65,7 @@ def method_field(default: Any, help: str, was: str | None = None, **valid: Any) 
         was (`str`, *optional*):
             Earlier name of the field, which is still taken, with a warning.
         **valid:
-            Bounds or choices, see [`Valid`]. A default of `None` makes `None` acceptable.
+            Bounds or choices, see [`Valid`]. `None` is accepted where the annotation has it.
     """
     metadata = _Metadata(help=help)
     if was is not None:
@@ -79,6 +80,12 @@ def method_field(default: Any, help: str, was: str | None = None, **valid: Any) 
 
 def method_config(cls: type) -> type:
     """Class decorator: `dataclass`, plus a `Parameters` section in the docstring made from the fields' help."""
+    for name, annotation in inspect.get_annotations(cls).items():
+        f = cls.__dict__.get(name)
+        valid = getattr(f, "metadata", {}).get("valid")
+        if valid is not None and "None" in str(annotation):
+            # The annotation says so
+            f.metadata = MappingProxyType(_Metadata(f.metadata, valid=replace(valid, optional=True)))
     cls = dataclass(cls)
     lines = []
     for f in own_fields(cls):
@@ -91,6 +98,7 @@ def method_config(cls: type) -> type:
     return _taking_earlier_names(cls)
 
 
+@functools.lru_cache
 def earlier_names(cls: type) -> dict[str, str]:
     """Earlier names of the fields of a config class, with the present ones."""
     return {f.metadata["was"]: f.name for f in fields(cls) if "was" in f.metadata}
@@ -176,6 +184,14 @@ class ConfigMixin:
             return getattr(self, present)
         raise AttributeError(f"'{type(self).__name__}' has no field '{name}'.")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        present = earlier_names(type(self)).get(name, name)
+        if present != name:
+            warnings.warn(
+                f"`{name}` is now called `{present}`; the old name goes with the next release.", stacklevel=2
+            )
+        super().__setattr__(present, value)
+
     def validate(self) -> None:
         """
         Check every field against its declared range.
@@ -207,6 +223,8 @@ class MethodConfigMixin(ConfigMixin):
             `TypeError`: if `args` is not a config of the same TRL family.
         """
         if isinstance(args, cls):
+            # It may have been changed since it was made
+            args.validate()
             return args
         parent = next(base for base in cls.__mro__ if base.__module__.startswith("trl."))
         if not isinstance(args, parent):

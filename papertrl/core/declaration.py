@@ -2,7 +2,7 @@
 
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -119,6 +119,18 @@ class Method:
             raise ValueError(f"`family` of method '{self.name}' is missing: an objective belongs to one.")
         if (self.kind == "component") != (self.slot is not None):
             raise ValueError(f"`slot` of method '{self.name}' must be set for components only, got {self.slot!r}.")
+        for name, kind in {
+            "summary": str,
+            "signal": str,
+            "prefix": str,
+            "neutral": Mapping,
+            "active": Mapping,
+        }.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"`{name}` of method '{self.name}' must be a {'text' if kind is str else 'table'}, got "
+                    f"{getattr(self, name)!r}."
+                )
         object.__setattr__(self, "title", self.title or self.name)
         object.__setattr__(self, "prefix", self.prefix or self.name)
 
@@ -150,13 +162,31 @@ def read_declaration(path: Path, entry: str | None = None) -> Method:
     """
     try:
         content = _without_null(tomllib.loads(path.read_text()))
-        content["tags"] = tuple(content.get("tags", ()))
+        content["tags"] = _list(content, "tags")
         if "paper" in content:
             paper = content["paper"]
-            content["paper"] = Paper(**paper | {"authors": tuple(paper.get("authors", ()))})
-        return Method(name=path.stem, entry=entry, **content)
+            if not isinstance(paper, dict):
+                raise ValueError(f"`paper` must be a table, got {paper!r}")
+            _refuse_unknown(paper, Paper, "[paper]")
+            content["paper"] = Paper(**paper | {"authors": _list(paper, "authors")})
+        _refuse_unknown(content, Method, "it")
+        return Method(**content | {"name": path.stem, "entry": entry})
     except (OSError, ValueError, TypeError) as error:
         raise ValueError(f"'{path}' does not declare a method: {error}") from error
+
+
+def _list(table: dict[str, Any], key: str) -> tuple[str, ...]:
+    value = table.get(key, [])
+    if not isinstance(value, list):
+        raise ValueError(f"`{key}` must be a list of texts, got {value!r}")
+    return tuple(value)
+
+
+def _refuse_unknown(table: dict[str, Any], cls: type, where: str) -> None:
+    known = [f.name for f in fields(cls) if f.name not in ("name", "entry")]
+    unknown = [key for key in table if key not in known]
+    if unknown:
+        raise ValueError(f"{where} has the keys {unknown}; keys are {known}")
 
 
 def _without_null(value: Any) -> Any:

@@ -1,7 +1,7 @@
 """Slots: where components are carried by any trainer, ours or a bare one of TRL."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar
 
 from .configuration import ComponentConfig
@@ -67,6 +67,16 @@ class Component:
 
     method: ClassVar[Method]
     config_class: ClassVar[type[ComponentConfig]]
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        known = {f.name for f in fields(cls.config_class)} if is_dataclass(cls.config_class) else set()
+        unknown = [name for name in cls.method.neutral if name not in known]
+        if unknown:
+            raise TypeError(
+                f"The declaration of component '{cls.method.name}' has the neutral settings {unknown}, but "
+                f"`{cls.config_class.__name__}` has no such field."
+            )
 
     def __init__(self, config: Any = None, **settings: Any):
         if config is not None and settings:

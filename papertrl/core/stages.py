@@ -18,6 +18,15 @@ def ways_off(off: Off) -> list[Settings]:
     return [way for way in (off if isinstance(off, tuple) else (off,)) if way]
 
 
+def _mapping(cls: type, name: str) -> Mapping[str, Off]:
+    found = cls.__dict__.get(name, {})
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"`{cls.__name__}.{name}` must map stages to the settings under which they are off, got {found!r}."
+        )
+    return found
+
+
 def is_off(off: Off, args: Any) -> bool:
     """Whether a stage that is `off` under some settings is so under the config `args`."""
     return any(all(getattr(args, name) == value for name, value in way.items()) for way in ways_off(off))
@@ -69,6 +78,8 @@ class Staged:
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        if not isinstance(cls.__dict__.get("method"), (Method, type(None))):
+            raise TypeError(f"`{cls.__name__}.method` must be a `Method`, got {cls.__dict__['method']!r}.")
         if isinstance(cls.__dict__.get("method"), Method):
             cls._check_declaration()
         functions = cls._functions()
@@ -92,6 +103,14 @@ class Staged:
 
     @classmethod
     def _check_declaration(cls) -> None:
+        for name in ("extends", "replaces"):
+            for stage, off in _mapping(cls, name).items():
+                ways = off if isinstance(off, tuple) else (off,)
+                if not all(isinstance(way, Mapping) for way in ways):
+                    raise TypeError(
+                        f"`{cls.__name__}.{name}['{stage}']` must be a mapping of settings, or a tuple of these, got "
+                        f"{off!r}."
+                    )
         declared = {**cls.__dict__.get("extends", {}), **cls.__dict__.get("replaces", {})}
         unknown = [stage for stage in declared if stage not in cls.stages]
         if unknown:
@@ -122,7 +141,14 @@ class Staged:
 
     @classmethod
     def deciding(cls, stage: str, args: Any) -> list[type]:
-        """Classes of the methods that replace `stage` under the config `args`."""
+        """Classes of the methods that replace `stage` under `args`; of a method and its subclass, the latter."""
+        found = cls._replacing(stage, args)
+        return [
+            owner for owner in found if not any(owner is not other and issubclass(other, owner) for other in found)
+        ]
+
+    @classmethod
+    def _replacing(cls, stage: str, args: Any) -> list[type]:
         return [
             owner
             for owner in cls.owners()
@@ -137,7 +163,7 @@ class Staged:
             for owner in cls.owners()
             if stage in owner.__dict__.get("extends", {}) and not is_off(owner.extends[stage], args)
         ]
-        return extending + cls.deciding(stage, args)
+        return extending + cls._replacing(stage, args)
 
     @classmethod
     def names_acting(cls, stage: str, args: Any) -> list[str]:
@@ -179,7 +205,7 @@ class Staged:
         around, inside = self._user_links(stage, function)
         base = next(b for b in cls.__mro__ if "stages" in b.__dict__)
         below_base = cls.__mro__[: cls.__mro__.index(base)]
-        acting, deciding = cls.acting(stage, self.args), cls.deciding(stage, self.args)
+        acting, deciding = cls.acting(stage, self.args), cls._replacing(stage, self.args)
         plain = [b for b in below_base if issubclass(b, Staged) and b not in cls.owners()]
         extending, replacing = [], []
         for owner in below_base:
@@ -225,6 +251,8 @@ def _install(owner: type, name: str, found: Any) -> None:
         setattr(owner, name, classmethod(_class_function(owner, name, found.__func__)))
         return
     implementation = getattr(found, "implementation", found)
+    if any(isinstance(base.__dict__.get(name), classmethod) for base in owner.__mro__[1:]):
+        raise TypeError(f"`{owner.__name__}.{name}` must be a class method, as in the base.")
 
     @functools.wraps(implementation)
     def run(self, *args, **kwargs):
