@@ -115,6 +115,12 @@ def test_settings_of_the_declaration_are_fields(name):
         assert {*DECLARATIONS[name].neutral, *DECLARATIONS[name].active} <= fields
 
 
+@pytest.mark.parametrize("name", COMPONENTS)
+def test_a_component_takes_its_neutral_settings_and_is_off(name):
+    neutral = DECLARATIONS[name].neutral
+    assert neutral and not load(name)(**neutral).on
+
+
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_settings_under_which_stages_are_off_are_fields(name):
     trainer = load(name)

@@ -33,6 +33,20 @@ def test_an_earlier_name_is_taken_with_a_warning(tmp_path):
     assert "truncation_length" not in {f.name for f in dataclasses.fields(args)}
 
 
+def test_an_earlier_name_is_set_with_a_warning(tmp_path):
+    args = DlerGRPOConfig(**settings("policy", tmp_path))
+    with pytest.warns(UserWarning, match="`truncation_length` is now called `dler_truncation_length`"):
+        args.truncation_length = 5
+    assert args.dler_truncation_length == 5 and "truncation_length" not in vars(args)
+
+
+def test_a_config_changed_after_it_was_made_is_checked_again(tmp_path):
+    args = DlerGRPOConfig(**settings("policy", tmp_path))
+    args.dler_truncation_length = 0
+    with pytest.raises(ValueError, match=r"`dler_truncation_length`.*got 0"):
+        DlerGRPOConfig.adopt(args)
+
+
 def test_an_earlier_name_reaches_composed_configs(tmp_path):
     config = compose("lp_reg", "dler").config_class
     with pytest.warns(UserWarning, match="dler_truncation_length"):

@@ -191,6 +191,10 @@ def test_what_is_broken_is_told_where_it_is_asked_for(tmp_path):
         ('family = "poetry"', "`family` in '"),
         ('kind = "component"\nslot = "poems"', "`slot` in '"),
         ("family = 3 = 4", "does not declare a method"),
+        ('family = "policy"\nsumary = "Halves"', "it has the keys ['sumary']"),
+        ('family = "policy"\ntags = "halved"', "`tags` must be a list of texts, got 'halved'"),
+        ('family = "policy"\nneutral = 0', "`neutral` of method 'halved' must be a table, got 0"),
+        ('family = "policy"\npaper = "Halving"', "`paper` must be a table, got 'Halving'"),
     ],
 )
 def test_a_declaration_of_nothing_we_have_is_refused(line, part, tmp_path):

@@ -115,6 +115,9 @@ def nothing(self):
         ({"extends": {"brew": {}}}, r"'odd' names stages \['brew'\], but those of the family are \('mix', "),
         ({"replaces": {"brew": {}}}, r"'odd' names stages \['brew'\]"),
         ({"extends": {"mix": {}}, "replaces": {"mix": {}}}, r"'odd' both extends and replaces \['mix'\]"),
+        ({"extends": ("mix",)}, r"`Odd.extends` must map stages to the settings under which they are off"),
+        ({"extends": {"mix": None}}, r"`Odd.extends\['mix'\]` must be a mapping of settings"),
+        ({"extends": {"columns": {}}, "columns": nothing}, r"`Odd.columns` must be a class method"),
     ],
 )
 def test_what_is_not_declared_is_refused(body, message):
@@ -391,3 +394,20 @@ def test_settings_that_are_no_fields_are_refused_at_class_creation():
             (PolicyTrainer,),
             {"method": Method("odd", family="policy"), "extends": {"scale": {"nothing_like_it": 0}}},
         )
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"method": Method("odd", family="preference")}, "'odd' is declared as objective of preference, but is the"),
+        (
+            {"method": Method("odd", family="policy", neutral={"od": 0})},
+            r"neutral settings \['od'\], but `PolicyConfig`",
+        ),
+        ({"method": "odd"}, "`Odd.method` must be a `Method`, got 'odd'"),
+        ({"components": ("gain_rl",)}, r"`Odd.components` must be component classes, got \['gain_rl'\]"),
+    ],
+)
+def test_a_trainer_keeps_to_its_declaration(body, message):
+    with pytest.raises(TypeError, match=message):
+        type("Odd", (PolicyTrainer,), {"method": Method("odd", family="policy"), **body})

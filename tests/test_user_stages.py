@@ -84,6 +84,9 @@ def test_a_dotted_path_names_a_function(request, tmp_path):
         ({"scale": 3}, TypeError, r"`stages\['scale'\]` must be a function, got `int`"),
         ({"scale": "papertrl.nothing.like_it"}, ValueError, "no function 'papertrl.nothing.like_it'"),
         ({"scale": "papertrl.__version__"}, ValueError, "is no function, but a str"),
+        ({"scale": dict}, TypeError, r"`stages\['scale'\]` must be a function, got `type`"),
+        ({"scale": lambda centered, /: centered}, ValueError, r"parameters \['centered'\].*by name"),
+        ([("scale", halved)], TypeError, "`stages` must map stages to functions, got `list`"),
     ],
 )
 def test_what_is_no_function_of_the_stage_is_refused_at_construction(stages, error, message, request, tmp_path):
@@ -98,6 +101,22 @@ def test_a_result_of_another_shape_is_refused(request, tmp_path):
 
     with pytest.raises(ValueError, match=r"'.*per_group' of the stage 'scale' must return a tensor of shape \(8,\)"):
         run(PolicyTrainer, request, tmp_path, {"scale": per_group})
+
+
+def test_a_parameter_with_a_default_value_is_the_functions_own(request, tmp_path):
+    ours = run(PolicyTrainer, request, tmp_path / "a", {"scale": lambda default, by=2: default / by})
+    assert same(ours, run(PolicyTrainer, request, tmp_path / "b", {"scale": halved}))
+
+
+def test_a_function_does_not_hide_a_component(request, tmp_path):
+    trainer_class = compose("grpo", "gain_rl")
+    args = active_config(trainer_class, ["gain_rl"], tmp_path)
+
+    def first(count, round):
+        return list(range(count))
+
+    with pytest.raises(ValueError, match=r"`stages\['choose_prompts'\]`: component 'gain_rl' acts in this stage"):
+        build(trainer_class, "policy", model_path("policy", request), args, stages={"choose_prompts": first})
 
 
 def test_a_function_and_a_method_do_not_both_replace(request, tmp_path):

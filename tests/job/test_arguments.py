@@ -124,7 +124,10 @@ def test_studies_are_refused_with_what_to_run(monkeypatch, capsys):
     monkeypatch.setitem(DECLARATIONS, "some_study", Method("some_study", kind="study", summary="Studies"))
     monkeypatch.setitem(METHODS, "some_study", "study")
     assert cli.main(["train", "--methods", "lp_reg", "some_study"]) == 2
-    assert "'some_study' is a study" in (error := capsys.readouterr().err) and "`python -m papertrl.labs.some_study`" in error
+    assert (
+        "'some_study' is a study" in (error := capsys.readouterr().err)
+        and "`python -m papertrl.labs.some_study`" in error
+    )
     assert cli.main(["methods"]) == 0
     assert "Studies\n  some_study" in capsys.readouterr().out
 
