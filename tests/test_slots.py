@@ -3,11 +3,13 @@
 import pytest
 import torch
 
+from papertrl.core.catalogue import load
 from papertrl.core.compose import compose
 from papertrl.core.configuration import ComponentConfig, method_config, method_field
 from papertrl.core.declaration import Method
 from papertrl.core.family import FAMILIES
 from papertrl.core.slots import Component
+from papertrl.trainers.slots import HOOKS
 
 from .harness.table import build, dataset, history, model_path, settings, weights
 
@@ -146,3 +148,10 @@ def test_a_reward_is_refused_where_nothing_is_judged(request, tmp_path):
 def test_a_component_of_another_family_is_refused():
     with pytest.raises(TypeError, match=r"Components \['gain_rl'\] do not serve the family preference"):
         compose("dpo", "gain_rl")
+
+
+def test_hooks_that_a_function_could_hide_are_there():
+    functions = {
+        name for family in FAMILIES.values() for names in load(family.plain).stages.values() for name in names
+    }
+    assert functions >= HOOKS.keys() and all(hasattr(Component, hook) for hook in HOOKS.values())

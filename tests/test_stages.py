@@ -4,8 +4,10 @@ import itertools
 from types import SimpleNamespace
 
 import pytest
+from trl import GRPOConfig
 
 from papertrl import PolicyTrainer
+from papertrl.core.catalogue import load
 from papertrl.core.declaration import Method
 from papertrl.core.stages import Staged, is_off, remedy
 
@@ -411,3 +413,14 @@ def test_settings_that_are_no_fields_are_refused_at_class_creation():
 def test_a_trainer_keeps_to_its_declaration(body, message):
     with pytest.raises(TypeError, match=message):
         type("Odd", (PolicyTrainer,), {"method": Method("odd", family="policy"), **body})
+
+
+def test_a_config_of_trl_under_which_a_stage_is_off_is_warned_about(tmp_path, caplog):
+    trainer_class = load("lite_ppo")
+    args = GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
+    with caplog.at_level("WARNING"):
+        trainer_class.make_config(args, None)
+    assert "'lite_ppo' leaves the stage 'scale' alone with scale_rewards='group'" in caplog.text
+    caplog.clear()
+    trainer_class.make_config(trainer_class.config_class(output_dir=str(tmp_path), use_cpu=True, bf16=False), None)
+    assert not caplog.text

@@ -108,6 +108,15 @@ def test_a_parameter_with_a_default_value_is_the_functions_own(request, tmp_path
     assert same(ours, run(PolicyTrainer, request, tmp_path / "b", {"scale": halved}))
 
 
+def test_a_default_value_does_not_keep_an_argument_of_the_stage_away(request, tmp_path):
+    def ours(default=None, rewards=None, **rest):
+        assert rewards is not None and rest.keys() == {"scored", "centered"}
+        return default / 2
+
+    acting = run(PolicyTrainer, request, tmp_path / "a", {"scale": ours})
+    assert same(acting, run(PolicyTrainer, request, tmp_path / "b", {"scale": halved}))
+
+
 def test_a_function_does_not_hide_a_component(request, tmp_path):
     trainer_class = compose("grpo", "gain_rl")
     args = active_config(trainer_class, ["gain_rl"], tmp_path)

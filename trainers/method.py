@@ -173,7 +173,9 @@ class MethodTrainer(FillsSlots, Staged):
         signature = inspect.signature(getattr(type(self), function))
 
         def run(trainer, *args, **kwargs):
-            given = dict(list(signature.bind(trainer, *args, **kwargs).arguments.items())[1:])
+            bound = signature.bind(trainer, *args, **kwargs)
+            bound.apply_defaults()
+            given = dict(list(bound.arguments.items())[1:])
             default = trainer._run(function, type(trainer), args, kwargs) if user.extends else None
             return user(trainer, given, default)
 

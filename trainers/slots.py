@@ -13,7 +13,7 @@ from ..core.slots import Component, Components
 from .user_stages import UserStage, check_user_stages
 
 # Functions of stages whose base calls components, with their hook
-_HOOKS = {
+HOOKS = {
     "choose_prompts": "choose",
     "logits_processors": "logits_processors",
     "old_pass_needs": "needs",
@@ -117,7 +117,7 @@ class FillsSlots:
 
     def _refuse_hidden_components(self) -> None:
         """Check that nobody takes the place of the base in a stage where components act."""
-        for function, hook in _HOOKS.items():
+        for function, hook in HOOKS.items():
             acting = [c for c in self.slots if getattr(type(c), hook) is not getattr(Component, hook)]
             user = self.user_stages.get(function)
             if acting and user is not None and not user.extends:

@@ -32,14 +32,9 @@ class UserStage:
     name: str
 
     @property
-    def parameters(self) -> list[str]:
-        """Names of its parameters, without those that have a default value of their own."""
-        return _required(self.function)
-
-    @property
     def extends(self) -> bool:
         """Whether it acts on what the others came to."""
-        return DEFAULT in self.parameters
+        return DEFAULT in inspect.signature(self.function).parameters
 
     def __call__(self, trainer: Any, given: Mapping[str, Any], default: Any = None) -> Any:
         """
@@ -49,7 +44,12 @@ class UserStage:
             `ValueError`: if the result is not of the shape that the stage gives.
         """
         values = {**given, TRAINER: trainer, DEFAULT: default}
-        result = self.function(**{name: values[name] for name in self.parameters})
+        parameters = inspect.signature(self.function).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            taken = {**given, **{name: values[name] for name in (TRAINER, DEFAULT) if name in parameters}}
+        else:
+            taken = {name: values[name] for name in parameters if name in values}
+        result = self.function(**taken)
         expected = _expected_shape(self.stage, given, default)
         found = tuple(getattr(result, "shape", ()))
         per_row = self.stage == "objective" and expected is not None and found == (expected[0], 1)
@@ -59,12 +59,6 @@ class UserStage:
                 f"got {type(result).__name__} of shape {found}."
             )
         return result
-
-
-def _required(function: Callable) -> list[str]:
-    parameters = inspect.signature(function).parameters.values()
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return [p.name for p in parameters if p.kind in kinds and p.default is p.empty]
 
 
 def _expected_shape(stage: str, given: Mapping[str, Any], default: Any) -> tuple[int, ...] | None:
@@ -118,12 +112,13 @@ def _check_stage(trainer_class: type, stage: str) -> None:
     known = [name for name in functions if not inspect.ismethod(getattr(trainer_class, name))]
     if stage in known:
         return
-    hint = f"it has {known}"
-    if stage in trainer_class.stages:
-        hint = f"which consists of {trainer_class.stages[stage]}: name one of these"
-    elif stage in functions:
-        hint = "which is asked of the class, before there is a trainer; write a subclass instead"
-    raise ValueError(f"`stages` names '{stage}', which {trainer_class.__name__} does not have as a function; {hint}.")
+    if stage in functions:
+        why = "is asked of the class, before there is a trainer: write a subclass instead"
+    elif stage in trainer_class.stages:
+        why = f"consists of several functions: name one of {trainer_class.stages[stage]}"
+    else:
+        why = f"{trainer_class.__name__} does not have; it has {known}"
+    raise ValueError(f"`stages` names '{stage}', which {why}.")
 
 
 def check_user_stages(
@@ -146,9 +141,10 @@ def check_user_stages(
         `TypeError`: if something given is no function.
     """
     checked = {}
-    if not isinstance(stages or {}, Mapping):
+    stages = {} if stages is None else stages
+    if not isinstance(stages, Mapping):
         raise TypeError(f"`stages` must map stages to functions, got `{type(stages).__name__}`.")
-    for stage, given in (stages or {}).items():
+    for stage, given in stages.items():
         _check_stage(trainer_class, stage)
         function = load_function(given) if isinstance(given, str) else given
         if not callable(function) or inspect.isclass(function):
@@ -160,8 +156,13 @@ def check_user_stages(
             parameters = inspect.signature(function).parameters.values()
         except ValueError as error:
             raise ValueError(f"`stages['{stage}']`: the parameters of '{name}' cannot be read. Wrap it.") from error
-        unknown = [p for p in _required(function) if p not in accepted]
-        unknown += [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+        by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        unknown = [
+            p.name
+            for p in parameters
+            if p.kind not in several and p.default is p.empty and not (p.kind in by_name and p.name in accepted)
+        ]
         if unknown:
             raise ValueError(
                 f"`stages['{stage}']`: '{name}' has the parameters {unknown}, but the stage has {accepted[:-2]}, and "

@@ -28,45 +28,31 @@ def texts(rows=16):
     return Dataset.from_list([{"text": f"{a}+{7 * a}={8 * a}"} for a in range(rows)])
 
 
+def _tiny(tokenizer):
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "initializer_range": 0.3,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+
+
 def tiny_llama(tokenizer, seed=0, **options):
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **options,
-    )
-    return LlamaForCausalLM(config)
+    return LlamaForCausalLM(LlamaConfig(**_tiny(tokenizer), **options))
 
 
 def tiny_mixtral(tokenizer, seed=0):
     torch.manual_seed(seed)
-    config = MixtralConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        num_local_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=128,
-        initializer_range=0.3,
-        router_aux_loss_coef=0.1,
-        output_router_logits=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    return MixtralForCausalLM(config)
+    routing = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.1}
+    return MixtralForCausalLM(MixtralConfig(**_tiny(tokenizer), **routing, output_router_logits=True))
 
 
 def make(trainer_class, config_class, tokenizer, folder, model=None, data=None, trainer_kwargs=None, **fields):
