@@ -1,8 +1,9 @@
 """Accepted values of config fields: of a method's own, which declare them, and of those that come from TRL."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass, replace
+from collections.abc import Mapping
+from dataclasses import Field, dataclass, fields, replace
+from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
 
@@ -69,8 +70,8 @@ def _or_none(valid: Valid) -> Valid:
 
 _length = {"max_length": _or_none(_count), "dataset_num_proc": _or_none(_count)}
 _reference = {"ref_model_mixup_alpha": _share, "ref_model_sync_steps": _count}
-# What TRL, transformers and PEFT take without a word, or fail on late, by the class that introduces the field. A method
-# that redeclares one with its own range is held to that.
+# What TRL, transformers and PEFT take without a word, or fail on late, by the class that introduces the field. A
+# method that redeclares one with its own range is held to that.
 RANGES: Mapping[str, Mapping[str, Valid]] = {
     "TrainingArguments": {
         "max_steps": replace(_count, besides=(-1,)),
@@ -165,10 +166,8 @@ def check_ranges(config: Any) -> None:
     Raises:
         `ValueError`: naming the field, the value and what is accepted.
     """
-    from_trl = dict(_ranges_of(type(config)))
     for f in fields(config):
-        value = getattr(config, f.name)
-        valid = f.metadata.get("valid") or from_trl.get(f.name)
+        value, valid = getattr(config, f.name), range_of(type(config), f)
         if valid is not None and not valid.accepts(value):
             raise ValueError(f"`{f.name}` must be {valid}, got {value!r}.")
         if valid is None and any(isinstance(x, float) and not math.isfinite(x) for x in _items(value)):
@@ -177,10 +176,18 @@ def check_ranges(config: Any) -> None:
         _check_schedule(config)
 
 
-def _ranges_of(cls: type) -> Iterator[tuple[str, Valid]]:
+def range_of(cls: type, f: Field) -> Valid | None:
+    """What a field of a config class accepts: as it declares, else as [`RANGES`] has it."""
+    return f.metadata.get("valid") or _from_trl(cls).get(f.name)
+
+
+@lru_cache
+def _from_trl(cls: type) -> dict[str, Valid]:
+    found: dict[str, Valid] = {}
     for base in reversed(cls.__mro__):
-        if is_dataclass(base) and base.__module__.startswith(("trl.", "transformers.")):
-            yield from RANGES.get(base.__name__, {}).items()
+        if base.__module__.startswith(("trl.", "transformers.")):
+            found |= RANGES.get(base.__name__, {})
+    return found
 
 
 def _items(value: Any) -> list[Any]:
