@@ -1,20 +1,19 @@
 """The command line of a training job: which methods, then every flag of their config."""
 
-import difflib
 import importlib
 import json
-import warnings
-from collections import Counter
+import os
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..core.catalogue import PLAIN, find_trained
-from ..core.configuration import earlier_names, method_field, renamed
-from ..core.errors import UsageError, tell
+from ..core.configuration import method_field
+from ..core.errors import UsageError
 from ..core.parsing import CommandParser, find_modules_here
 from ..core.ranges import MOST, check_ranges
 from ..core.slots import Component, refuse_shared_slots
 from .config_file import fit_values, read_config
+from .flags import flag_of, has_flag, tell_of_repeated, under_present_names, unknown_flags
 
 DEFAULT_METHOD = "lp_reg"
 
@@ -147,12 +146,22 @@ class Choice:
     methods: list[str]
     config: dict[str, Any]
     rest: list[str]
-    list_methods: bool
-    help: bool
-    debug: bool
+    list_methods: bool = False
+    help: bool = False
+    help_all: bool = False
+    debug: bool = False
+    dry_run: bool = False
+    num_processes: int | None = None
+    accelerate_config: str | None = None
     stages: list["Choice"] = field(default_factory=list)
     # Methods of the config file in whose place the command line names others
     replaced: list[str] = field(default_factory=list)
+
+    @property
+    def use_cpu(self) -> bool:
+        """Whether the CPU is asked for."""
+        flag = next((arg.partition("=")[2] or "true" for arg in self.rest if flag_of(arg) == "use_cpu"), "false")
+        return flag.lower() not in ("false", "0", "no") or self.config.get("use_cpu") is True
 
 
 def choose(argv: list[str]) -> Choice:
@@ -169,10 +178,16 @@ def choose(argv: list[str]) -> Choice:
     parser.add_argument("--list_methods", "--list-methods", action="store_true")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--help_all", "--help-all", action="store_true")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true")
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--accelerate_config", "--accelerate-config")
     known, rest = parser.parse_known_args(argv)
     if known.method and known.methods:
         raise UsageError("`--method` and `--methods` are both given; list all methods after `--methods`.")
-    _tell_of_repeated(argv)
+    if known.num_processes is not None:
+        _check_processes(known.num_processes)
+    tell_of_repeated(argv)
     config = {} if known.config is None else read_config(known.config)
     stages = _listed_stages(config.pop("stages")) if "stages" in config else []
     in_config = _named_methods(config)
@@ -185,7 +200,15 @@ def choose(argv: list[str]) -> Choice:
             methods = [name if "." in name else find_trained(name) for name in names or [DEFAULT_METHOD]]
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return Choice(methods, settings, rest, known.list_methods, known.help, known.debug)
+        shown = {name: getattr(known, name) for name in ("list_methods", "help", "help_all", "debug", "dry_run")}
+        return Choice(
+            methods,
+            settings,
+            rest,
+            **shown,
+            num_processes=known.num_processes,
+            accelerate_config=known.accelerate_config,
+        )
 
     choice = chosen(on_command_line or in_config, config)
     if on_command_line and in_config and choice.methods != in_config:
@@ -222,10 +245,11 @@ def _named_methods(config: dict[str, Any]) -> list[str]:
     return names
 
 
-def _tell_of_repeated(argv: list[str]) -> None:
-    for name, times in Counter(_flag_of(arg) for arg in argv if arg.startswith("--")).items():
-        if times > 1:
-            tell(f"`--{name}` is given {times} times; the last one counts.")
+def _check_processes(asked: int) -> None:
+    running = int(os.environ.get("WORLD_SIZE", asked))
+    if not 1 <= asked <= 1024 or running != asked:
+        there = f"; {running} run already, so leave it out" if running != asked else ""
+        raise UsageError(f"`--num_processes` must be an integer in [1, 1024], got {asked}{there}.")
 
 
 def make_trainer_class(methods: list[str]) -> type:
@@ -300,13 +324,14 @@ def parse(choice: Choice) -> Job:
     from ..trainers.user_stages import check_user_stages
 
     trainer_class = make_trainer_class(choice.methods)
-    choice = _under_present_names(choice, trainer_class.config_class)
+    config, argv = under_present_names(choice.config, choice.rest, trainer_class.config_class)
+    choice = replace(choice, config=config, rest=argv)
     parser = make_parser(trainer_class)
     flags = list(parser._actions)
     if not torch.accelerator.is_available():
         parser.set_defaults_with_config(bf16=False)
     parser.set_defaults_with_config(lora_task_type=trainer_class.family.lora_task_type)
-    embedded = not (choice.config.get("model_name_or_path") or _has_flag(choice.rest, "model_name_or_path"))
+    embedded = not (choice.config.get("model_name_or_path") or has_flag(choice.rest, "model_name_or_path"))
     if embedded:
         parser.set_defaults_with_config(**EMBEDDED_RUN, **trainer_class.family.embedded)
     unknown = [f"`{key}`" for key in choice.config if key not in {action.dest for action in flags}]
@@ -318,7 +343,7 @@ def parse(choice: Choice) -> Job:
             f"{here}`), or drop `--config`."
         )
     if unknown:
-        raise UsageError(_unknown_flags(unknown, [action.dest for action in flags], "config file"))
+        raise UsageError(unknown_flags(unknown, [action.dest for action in flags], "config file"))
     parser.set_defaults_with_config(**fit_values(choice.config, parser.dataclass_types))
     try:
         job, training, model, rest = parser.parse_args_into_dataclasses(
@@ -333,53 +358,9 @@ def parse(choice: Choice) -> Job:
         raise UsageError(_with_remedy(str(error))) from error
     if rest:
         options = [option for action in flags for option in action.option_strings]
-        raise UsageError(_unknown_flags(rest, options, "command line"))
-    given = "output_dir" in choice.config or _has_flag(choice.rest, "output_dir")
+        raise UsageError(unknown_flags(rest, options, "command line"))
+    given = "output_dir" in choice.config or has_flag(choice.rest, "output_dir")
     return Job(trainer_class, training, model, job, choice.methods, given, embedded)
-
-
-def _under_present_names(choice: Choice, config_class: type) -> Choice:
-    """
-    The choice with fields under their present names.
-
-    Raises:
-        [`UsageError`]: if a field is given under both of its names.
-    """
-    names = earlier_names(config_class)
-    flags = names | {f"no_{old}": f"no_{present}" for old, present in names.items()}
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            config = renamed(choice.config, names)
-            renamed({_flag_of(arg): arg for arg in choice.rest if arg.startswith("--")}, flags)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    for warning in told:
-        tell(str(warning.message))
-    argv = []
-    for arg in choice.rest:
-        present = flags.get(_flag_of(arg)) if arg.startswith("--") else None
-        argv.append(arg if present is None else f"--{present}{''.join(arg.partition('=')[1:])}")
-    return replace(choice, config=config, rest=argv)
-
-
-def _flag_of(arg: str) -> str:
-    """Name of a flag as the config's field has it."""
-    return arg.partition("=")[0].removeprefix("--").replace("-", "_")
-
-
-def _has_flag(argv: list[str], name: str) -> bool:
-    return any(arg.startswith("--") and _flag_of(arg) == name for arg in argv)
-
-
-def _unknown_flags(unknown: list[str], known: list[str], where: str) -> str:
-    first = unknown[0].split("=")[0]
-    near = difflib.get_close_matches(first.strip("`"), known, n=2)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return (
-        f"The {where} has what this job does not know: {' '.join(unknown)}.{hint} "
-        "`papertrl train --method NAME --help` lists all flags of a method."
-    )
 
 
 def _with_remedy(message: str) -> str:
