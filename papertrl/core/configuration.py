@@ -4,46 +4,12 @@ import copy
 import dataclasses
 import functools
 import inspect
-import math
 import warnings
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Valid:
-    """Accepted values of a field: bounds (`ge`, `gt`, `le`, `lt`) or an explicit tuple of `choices`."""
-
-    ge: float | None = None
-    gt: float | None = None
-    le: float | None = None
-    lt: float | None = None
-    choices: tuple | None = None
-    optional: bool = False
-
-    def accepts(self, value: Any) -> bool:
-        if value is None:
-            return self.optional
-        if self.choices is not None:
-            return value in self.choices
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            return False
-        return (
-            (self.ge is None or value >= self.ge)
-            and (self.gt is None or value > self.gt)
-            and (self.le is None or value <= self.le)
-            and (self.lt is None or value < self.lt)
-        )
-
-    def __str__(self) -> str:
-        if self.choices is not None:
-            text = "one of " + ", ".join(repr(choice) for choice in self.choices)
-        else:
-            low = f"[{self.ge}" if self.ge is not None else f"({self.gt}" if self.gt is not None else "(-inf"
-            high = f"{self.le}]" if self.le is not None else f"{self.lt})" if self.lt is not None else "inf)"
-            text = f"a number in {low}, {high}"
-        return f"{text} or None" if self.optional else text
+from .ranges import Valid, check_ranges
 
 
 class _Metadata(dict):
@@ -172,6 +138,8 @@ class ConfigMixin:
     """
 
     def __post_init__(self):
+        # Before anything is computed from the values
+        check_ranges(self)
         for base in type(self).__mro__[type(self).__mro__.index(ConfigMixin) + 1 :]:
             if "__post_init__" in base.__dict__:
                 base.__post_init__(self)
@@ -194,15 +162,12 @@ class ConfigMixin:
 
     def validate(self) -> None:
         """
-        Check every field against its declared range.
+        Check every field against its range, see [`~papertrl.core.ranges.check_ranges`].
 
         Raises:
             `ValueError`: if a value is not accepted; the message names the field, the value and what is accepted.
         """
-        for f in fields(self):
-            valid = f.metadata.get("valid")
-            if valid is not None and not valid.accepts(getattr(self, f.name)):
-                raise ValueError(f"`{f.name}` must be {valid}, got {getattr(self, f.name)!r}.")
+        check_ranges(self)
 
 
 class ComponentConfig(ConfigMixin):

@@ -1,21 +1,19 @@
 """The command line of a training job: which methods, then every flag of their config."""
 
-import difflib
-import importlib.util
+import importlib
 import json
 import os
-import warnings
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..core.catalogue import PLAIN, find_trained
-from ..core.configuration import earlier_names, renamed
-from ..core.errors import UsageError, tell
+from ..core.configuration import method_field
+from ..core.errors import UsageError
 from ..core.parsing import CommandParser, find_modules_here
-from ..core.slots import refuse_shared_slots
+from ..core.ranges import MOST, check_ranges
+from ..core.slots import Component, refuse_shared_slots
+from .config_file import fit_values, read_config
+from .flags import flag_of, has_flag, tell_of_repeated, under_present_names, unknown_flags
 
 DEFAULT_METHOD = "lp_reg"
 
@@ -32,8 +30,8 @@ EMBEDDED_RUN = {
 }
 
 
-def _flag(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _flag(default: Any, help: str, **valid: Any) -> Any:
+    return method_field(default, help, **valid)
 
 
 @dataclass
@@ -48,7 +46,7 @@ class JobArguments:
     task_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Settings of the task as JSON, such as '{\"digits\": 3}'."}
     )
-    task_size: int = _flag(4000, "Number of training problems drawn from the task.")
+    task_size: int = _flag(4000, "Number of training problems drawn from the task.", ge=1, le=10**7, whole=True)
     dataset_name: str | None = _flag(
         None, "Dataset instead of a task: Hub id, local folder, or JSON/CSV/Parquet file."
     )
@@ -84,18 +82,32 @@ class JobArguments:
     )
     gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
     start_model_steps: int = _flag(
-        1600, "Supervised warm-up steps of the embedded tiny model, on the task's demonstrations."
+        1600,
+        "Supervised warm-up steps of the embedded tiny model, on the task's demonstrations.",
+        ge=0,
+        le=MOST,
+        whole=True,
     )
     start_model_error_share: float = _flag(
-        0.6, "Share of these demonstrations with the task's typical error: higher leaves less to build on."
+        0.6,
+        "Share of these demonstrations with the task's typical error: higher leaves less to build on.",
+        ge=0,
+        le=1,
     )
-    held_out_prompts: int = _flag(256, "Held-out prompts answered greedily before and after training; 0 for none.")
+    held_out_prompts: int = _flag(
+        256, "Held-out prompts answered greedily before and after training; 0 for none.", ge=0, le=10**7, whole=True
+    )
     held_out_evaluations: int = _flag(
-        0, "How often, evenly spread, held-out prompts are also answered during training."
+        0,
+        "How often, evenly spread, held-out prompts are also answered during training.",
+        ge=0,
+        le=MOST,
+        whole=True,
     )
     overwrite_output_dir: bool = _flag(False, "Whether to replace the run that `output_dir` holds.")
 
     def __post_init__(self):
+        check_ranges(self)
         if self.stage is not None:
             self.stage = _functions_by_stage(self.stage)
 
@@ -134,10 +146,22 @@ class Choice:
     methods: list[str]
     config: dict[str, Any]
     rest: list[str]
-    list_methods: bool
-    help: bool
-    debug: bool
+    list_methods: bool = False
+    help: bool = False
+    help_all: bool = False
+    debug: bool = False
+    dry_run: bool = False
+    num_processes: int | None = None
+    accelerate_config: str | None = None
     stages: list["Choice"] = field(default_factory=list)
+    # Methods of the config file in whose place the command line names others
+    replaced: list[str] = field(default_factory=list)
+
+    @property
+    def use_cpu(self) -> bool:
+        """Whether the CPU is asked for."""
+        flag = next((arg.partition("=")[2] or "true" for arg in self.rest if flag_of(arg) == "use_cpu"), "false")
+        return flag.lower() not in ("false", "0", "no") or self.config.get("use_cpu") is True
 
 
 def choose(argv: list[str]) -> Choice:
@@ -154,11 +178,18 @@ def choose(argv: list[str]) -> Choice:
     parser.add_argument("--list_methods", "--list-methods", action="store_true")
     parser.add_argument("--debug", action="store_true")
     parser.add_argument("--help", "-h", action="store_true")
+    parser.add_argument("--help_all", "--help-all", action="store_true")
+    parser.add_argument("--dry_run", "--dry-run", action="store_true")
+    parser.add_argument("--num_processes", "--num-processes", type=int)
+    parser.add_argument("--accelerate_config", "--accelerate-config")
     known, rest = parser.parse_known_args(argv)
     if known.method and known.methods:
         raise UsageError("`--method` and `--methods` are both given; list all methods after `--methods`.")
-    config = read_config(known.config) if known.config else {}
-    stages = config.pop("stages", [])
+    if known.num_processes is not None:
+        _check_processes(known.num_processes)
+    tell_of_repeated(argv)
+    config = {} if known.config is None else read_config(known.config)
+    stages = _listed_stages(config.pop("stages")) if "stages" in config else []
     in_config = _named_methods(config)
     on_command_line = known.methods or ([known.method] if known.method else [])
     if stages and (on_command_line or in_config):
@@ -166,13 +197,23 @@ def choose(argv: list[str]) -> Choice:
 
     def chosen(names: list[str], settings: dict[str, Any]) -> Choice:
         try:
-            methods = [find_trained(name) for name in names or [DEFAULT_METHOD]]
+            methods = [name if "." in name else find_trained(name) for name in names or [DEFAULT_METHOD]]
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return Choice(methods, settings, rest, known.list_methods, known.help, known.debug)
+        shown = {name: getattr(known, name) for name in ("list_methods", "help", "help_all", "debug", "dry_run")}
+        return Choice(
+            methods,
+            settings,
+            rest,
+            **shown,
+            num_processes=known.num_processes,
+            accelerate_config=known.accelerate_config,
+        )
 
     choice = chosen(on_command_line or in_config, config)
-    for number, stage in enumerate(_listed_stages(stages), start=1):
+    if on_command_line and in_config and choice.methods != in_config:
+        choice.replaced = in_config
+    for number, stage in enumerate(stages, start=1):
         settings = {**config, **stage}
         names = _named_methods(settings)
         if not names:
@@ -184,9 +225,10 @@ def choose(argv: list[str]) -> Choice:
 
 
 def _listed_stages(stages: Any) -> list[dict[str, Any]]:
-    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+    if not stages or not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
         raise UsageError(
-            "`stages` of the config file must be a list with one mapping of flags to values for each stage."
+            "`stages` of the config file must be a list with one mapping of flags to values for each stage, got "
+            f"{stages!r:.80}."
         )
     return stages
 
@@ -197,36 +239,17 @@ def _named_methods(config: dict[str, Any]) -> list[str]:
     if name and names:
         raise UsageError("The config file has both `method` and `methods`; list all methods under `methods`.")
     names = names or name or []
-    return [names] if isinstance(names, str) else list(names)
+    names = names if isinstance(names, list) else [names]
+    if not all(isinstance(name, str) for name in names):
+        raise UsageError(f"`methods` of the config file must be names of methods, got {names}.")
+    return names
 
 
-def read_config(name: str) -> dict[str, Any]:
-    """
-    Read a YAML file, or the recipe of this name.
-
-    Raises:
-        [`UsageError`]: if there is no such file or recipe, or it holds no mapping.
-    """
-    path = Path(name)
-    if not path.is_file():
-        recipes = Path(importlib.util.find_spec("papertrl.recipes").origin).parent
-        path = recipes / f"{path.name.removesuffix('.yaml').replace('-', '_')}.yaml"
-        if not path.is_file() or Path(name).parent.name not in ("", "recipes"):
-            known = sorted(recipe.stem for recipe in recipes.glob("*.yaml"))
-            near = difflib.get_close_matches(Path(name).stem, known, n=1)
-            hint = f"Did you mean '{near[0]}'? " if near else ""
-            raise UsageError(f"`--config`: '{name}' is no file and no recipe. {hint}Recipes are: {', '.join(known)}.")
-    try:
-        config = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"`--config`: '{path}' is not valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise UsageError(
-            f"`--config`: '{path}' must hold a mapping of flags to values, as in `learning_rate: 1.0e-6`."
-        )
-    for key, value in config.pop("env", {}).items():
-        os.environ[key] = str(value)
-    return config
+def _check_processes(asked: int) -> None:
+    running = int(os.environ.get("WORLD_SIZE", asked))
+    if not 1 <= asked <= 1024 or running != asked:
+        there = f"; {running} run already, so leave it out" if running != asked else ""
+        raise UsageError(f"`--num_processes` must be an integer in [1, 1024], got {asked}{there}.")
 
 
 def make_trainer_class(methods: list[str]) -> type:
@@ -239,9 +262,28 @@ def make_trainer_class(methods: list[str]) -> type:
     from ..core.compose import compose
 
     try:
-        return compose(*methods)
+        return compose(*(_load_class(name) if "." in name else name for name in methods))
     except (TypeError, ValueError) as error:
         raise UsageError(str(error)) from error
+
+
+def _load_class(path: str) -> type:
+    """Trainer or component that a dotted path names, which may lie in the working directory."""
+    find_modules_here()
+    module, _, name = path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UsageError(
+            f"`--method`: there is no class '{path}' ({error}). Give a method of `papertrl methods`, or the dotted "
+            "path `module.Class` of a trainer or component of yours."
+        ) from error
+    if not (isinstance(found, type) and (hasattr(found, "family") or issubclass(found, Component))):
+        raise UsageError(
+            f"`--method`: '{path}' is {found!r:.80}, which must be a subclass of a trainer of papertrl, such as "
+            "`PolicyTrainer`, or of `Component`."
+        )
+    return found
 
 
 def make_parser(trainer_class: type) -> Any:
@@ -282,23 +324,32 @@ def parse(choice: Choice) -> Job:
     from ..trainers.user_stages import check_user_stages
 
     trainer_class = make_trainer_class(choice.methods)
-    choice = _under_present_names(choice, trainer_class.config_class)
+    config, argv = under_present_names(choice.config, choice.rest, trainer_class.config_class)
+    choice = replace(choice, config=config, rest=argv)
     parser = make_parser(trainer_class)
     flags = list(parser._actions)
     if not torch.accelerator.is_available():
         parser.set_defaults_with_config(bf16=False)
     parser.set_defaults_with_config(lora_task_type=trainer_class.family.lora_task_type)
-    embedded = not (choice.config.get("model_name_or_path") or _has_flag(choice.rest, "model_name_or_path"))
+    embedded = not (choice.config.get("model_name_or_path") or has_flag(choice.rest, "model_name_or_path"))
     if embedded:
         parser.set_defaults_with_config(**EMBEDDED_RUN, **trainer_class.family.embedded)
     unknown = [f"`{key}`" for key in choice.config if key not in {action.dest for action in flags}]
+    if unknown and choice.replaced:
+        here, there = " ".join(choice.methods), " ".join(choice.replaced)
+        raise UsageError(
+            f"`--config` holds settings of {there}, in whose place the command line puts {here}, which has no "
+            f"{' '.join(unknown)}. Drop `--method` to run the config as it is, name both (`--methods {there} "
+            f"{here}`), or drop `--config`."
+        )
     if unknown:
-        raise UsageError(_unknown_flags(unknown, [action.dest for action in flags], "config file"))
-    parser.set_defaults_with_config(**choice.config)
+        raise UsageError(unknown_flags(unknown, [action.dest for action in flags], "config file"))
+    parser.set_defaults_with_config(**fit_values(choice.config, parser.dataclass_types))
     try:
         job, training, model, rest = parser.parse_args_into_dataclasses(
             choice.rest, return_remaining_strings=True, look_for_args_file=False
         )
+        check_ranges(model)
         trainer_class.refuse_clashes(training)
         refuse_shared_slots(trainer_class.components, training)
         find_modules_here()
@@ -307,53 +358,9 @@ def parse(choice: Choice) -> Job:
         raise UsageError(_with_remedy(str(error))) from error
     if rest:
         options = [option for action in flags for option in action.option_strings]
-        raise UsageError(_unknown_flags(rest, options, "command line"))
-    given = "output_dir" in choice.config or _has_flag(choice.rest, "output_dir")
+        raise UsageError(unknown_flags(rest, options, "command line"))
+    given = "output_dir" in choice.config or has_flag(choice.rest, "output_dir")
     return Job(trainer_class, training, model, job, choice.methods, given, embedded)
-
-
-def _under_present_names(choice: Choice, config_class: type) -> Choice:
-    """
-    The choice with fields under their present names.
-
-    Raises:
-        [`UsageError`]: if a field is given under both of its names.
-    """
-    names = earlier_names(config_class)
-    flags = names | {f"no_{old}": f"no_{present}" for old, present in names.items()}
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        try:
-            config = renamed(choice.config, names)
-            renamed({_flag_of(arg): arg for arg in choice.rest if arg.startswith("--")}, flags)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-    for warning in told:
-        tell(str(warning.message))
-    argv = []
-    for arg in choice.rest:
-        present = flags.get(_flag_of(arg)) if arg.startswith("--") else None
-        argv.append(arg if present is None else f"--{present}{''.join(arg.partition('=')[1:])}")
-    return replace(choice, config=config, rest=argv)
-
-
-def _flag_of(arg: str) -> str:
-    """Name of a flag as the config's field has it."""
-    return arg.partition("=")[0].removeprefix("--").replace("-", "_")
-
-
-def _has_flag(argv: list[str], name: str) -> bool:
-    return any(arg.startswith("--") and _flag_of(arg) == name for arg in argv)
-
-
-def _unknown_flags(unknown: list[str], known: list[str], where: str) -> str:
-    first = unknown[0].split("=")[0]
-    near = difflib.get_close_matches(first.strip("`"), known, n=2)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    return (
-        f"The {where} has what this job does not know: {' '.join(unknown)}.{hint} "
-        "`papertrl train --method NAME --help` lists all flags of a method."
-    )
 
 
 def _with_remedy(message: str) -> str:

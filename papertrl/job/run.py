@@ -21,6 +21,7 @@ from ..trainers.description import describe
 from .arguments import Job
 from .claim import claim_output_dir, resumed_from
 from .data import JobData, check_reward_columns, dataset_data, task_data, task_of
+from .flags import without_flags
 from .heldout import Answers, HeldOut, HeldOutPairs, Ranking
 from .interrupt import StopOnSignal
 from .judges import is_judged, judges_of, named_judges, pairs_online
@@ -221,7 +222,7 @@ def make_trainer(
 
 def _how_to_resume(signum: int, step: int, output: Path, command: list[str]) -> str:
     checkpoint = output / f"checkpoint-{step}"
-    kept = [arg for arg in command if arg != "--overwrite_output_dir"]
+    kept = without_flags(command, ("overwrite_output_dir", "output_dir", "resume_from_checkpoint"))
     again = shlex.join([*kept, "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)])
     return (
         f"Stopped by signal {signum} after step {step}; checkpoint saved in '{checkpoint}'. Go on with the same "

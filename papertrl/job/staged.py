@@ -15,6 +15,7 @@ from ..hub.runfile import read_json
 from ..trainers.checkpoints import last_complete_checkpoint
 from .arguments import Choice, Job, parse
 from .claim import decided_by_main, free_folder, resumed_from
+from .flags import without_flags
 from .heldout import Answers, Ranking
 from .run import run
 
@@ -161,7 +162,7 @@ def prepare(job: Job, folder: Path, resumes: bool, previous: Path | None, last: 
 
 def how_to_resume(stage: int, stages: int, root: Path, command: list[str]) -> str:
     """What to tell somebody who stopped a stage, counted from 0."""
-    kept = [arg for arg in command if arg != "--overwrite_output_dir"]
+    kept = without_flags(command, ("overwrite_output_dir", "output_dir", "resume_from_checkpoint"))
     again = shlex.join([*kept, "--output_dir", str(root), "--resume_from_checkpoint", "True"])
     return (
         f"Stopped in stage {stage + 1} of {stages}; what is finished and the newest checkpoint are below '{root}'. "

@@ -161,17 +161,6 @@ def test_functions_of_the_user_by_flag_and_key(tmp_path, monkeypatch):
     assert job("--output_dir", "x").arguments.stage is None
 
 
-@pytest.mark.parametrize(
-    "text, part",
-    [("- a\n- b\n", "must hold a mapping"), ("a: [\n", "not valid YAML"), ("lerning_rate: 1\n", "learning_rate")],
-)
-def test_wrong_config_files(text, part, tmp_path):
-    config = tmp_path / "mine.yaml"
-    config.write_text(text)
-    with pytest.raises(UsageError, match=part):
-        job("--config", str(config))
-
-
 def test_help_and_lists(capsys):
     assert cli.main(["train", "--help"]) == 0
     assert "--method NAME" in capsys.readouterr().out
