@@ -9,8 +9,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ...core.configuration import MethodConfigMixin, method_config, method_field
 from ...core.family import POLICY
+from ..checkpoints import rows_per_step, split
 from ..method import MethodTrainer
-from .batching import MicroBatches, why_not_regrouped
+from .batching import MicroBatches, recut, why_not_regrouped
 from .stages import PolicyStages
 from .trl import OpenedGRPOTrainer
 
@@ -195,11 +196,15 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         return True
 
     def keyed_generator(self, *key: int) -> torch.Generator:
-        """CPU generator for this generation batch and `key`: the same on every rank and after a resume."""
+        """CPU generator for this generation batch and `key`: the same on every rank, layout and after a resume."""
         number = self.args.seed
-        for part in (self._step, *key):
+        for part in (self._step // self._reuse(), *key):
             number = (number * 1_000_003 + part + 1) % 2**62
         return torch.Generator().manual_seed(number)
+
+    def _reuse(self) -> int:
+        """Micro-batches of this rank from one generation to the next."""
+        return self.args.steps_per_generation * self.num_iterations
 
     # --- Accounts -----------------------------------------------------------------------------------------------
 
@@ -215,27 +220,68 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
 
     # --- State --------------------------------------------------------------------------------------------------
 
+    def layout(self) -> dict[str, Any]:
+        names = ("num_generations", "generation_batch_size", "num_iterations")
+        return super().layout() | {name: getattr(self.args, name) for name in names}
+
+    def method_state(self) -> dict[str, Any]:
+        generation, place = divmod(self._step, self._reuse())
+        return super().method_state() | {"policy": {"generation": generation, "rows": place * self._global_rows()}}
+
+    def load_method_state(self, state: dict[str, Any]) -> None:
+        super().load_method_state(state)
+        place, rest = divmod(state["policy"]["rows"], self._global_rows())
+        if rest:
+            raise self._cannot_share("begin within a micro-batch")
+        self._step = state["policy"]["generation"] * self._reuse() + place
+        if isinstance(self.train_dataset, Dataset) and self.shuffle_dataset:
+            # The sampler draws one permutation per epoch from a generator of its own, which a resume starts anew
+            for _ in range(int(self.state.epoch)):
+                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
+
+    def _global_rows(self) -> int:
+        """Rows of a micro-batch, over all ranks."""
+        return self.args.train_batch_size * self.accelerator.num_processes
+
     def rank_state(self) -> dict[str, Any]:
-        reused = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         return super().rank_state() | {
-            "step": self._step,
-            "buffer": self._buffered_inputs if reused else None,
+            "buffer": self._buffered_inputs if self._step % self._reuse() else None,
             "tokens": [self.sampled_tokens, self.trained_tokens],
         }
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
         super().load_rank_state(state)
-        self._step = state["step"]
-        sampled, trained = state.get("tokens", (0, 0))
-        self._sampled_tokens = sampled
+        self._sampled_tokens, trained = state["tokens"]
         self._trained_tokens.fill_(trained)
-        if isinstance(self.train_dataset, Dataset) and self.shuffle_dataset:
-            # The sampler draws one permutation per epoch from a generator of its own, which a resume starts anew
-            for _ in range(int(self.state.epoch)):
-                torch.randperm(self._train_sampler.num_samples, generator=self._train_sampler.generator)
         if state["buffer"] is not None:
             device = self.accelerator.device
-            self._buffered_inputs = [
+            buffer = [
                 {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
                 for batch in state["buffer"]
             ]
+            self._buffered_inputs = self._cut_as_here(buffer)
+
+    def share_rank_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
+        if any(state["buffer"] is not None for state in states):
+            raise self._cannot_share("reuse rollouts that lie on other processes")
+        tokens = [sum(counts) for counts in zip(*(state["tokens"] for state in states), strict=True)]
+        own = {"buffer": None, "tokens": tokens if self.is_world_process_zero() else [0, 0]}
+        return super().share_rank_states(states) | own
+
+    def _cut_as_here(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Micro-batches of a saved generation batch, cut anew where this run has more or fewer of them."""
+        steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
+        if len(buffer) == steps:
+            return buffer
+        windows = max(1, steps // accumulation)
+        if self._is_vlm or steps % windows or len(buffer) % windows:
+            raise self._cannot_share("reuse rollouts that are cut otherwise")
+        return recut(buffer, windows, steps // windows, self.batching)
+
+    def _cannot_share(self, what: str) -> ValueError:
+        passes = self.num_iterations * self.args.generation_batch_size // rows_per_step(self.layout())
+        return ValueError(
+            f"`resume_from_checkpoint`: step {self.state.global_step} was trained with {split(self.resumed_layout)}, "
+            f"but this run has {split(self.layout())} and would {what}. Resume with the former, or from a checkpoint "
+            f"with which a generation ends: one whose step is a multiple of {max(1, passes)}."
+        )

@@ -85,3 +85,36 @@ class MicroBatches:
         if len(batches) > count or max(sizes, default=0) > self.rows:
             return list(rows.tensor_split(min(count, len(rows))))
         return [torch.cat(groups) for groups in batches]
+
+
+def recut(
+    batches: list[dict[str, Any]], windows: int, count: int, batching: MicroBatches | None
+) -> list[dict[str, Any]]:
+    """
+    Micro-batches of a generation batch as another number of them; each optimizer step keeps its rows.
+
+    Args:
+        batches (`list[dict]`):
+            Of text: tensors by rows, and 0-d ones that are the same in all.
+        windows (`int`):
+            Optimizer steps among them.
+        count (`int`):
+            Micro-batches that an optimizer step gets.
+        batching ([`MicroBatches`], *optional*):
+            Keeps groups together.
+    """
+    size, cut = len(batches) // windows, []
+    for start in range(0, len(batches), size):
+        parts = batches[start : start + size]
+        whole = {k: torch.cat([p[k] for p in parts]) if v.dim() else v for k, v in parts[0].items()}
+        rows = torch.arange(len(whole["completion_ids"]))
+        if batching is None:
+            chosen = list(rows.tensor_split(count))
+        else:
+            chosen = batching.cut_window(rows, whole["group_ids"].cpu(), count)
+        micro = [{k: v[part.to(v.device)] if v.dim() else v for k, v in whole.items()} for part in chosen]
+        # Every rank runs equally many: a row without tokens of the loss stands in
+        idle = {k: v[:1] if v.dim() else v for k, v in whole.items()}
+        idle |= {name: torch.zeros_like(idle[name]) for name in ("loss_mask", "row_weight")}
+        cut += micro + [idle] * (count - len(micro))
+    return cut
