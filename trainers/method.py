@@ -19,13 +19,14 @@ from ..core.stages import Link, Staged, is_off, remedy, ways_off
 from ..core.state import load_state, save_state
 from .checkpoints import check_checkpoint, last_complete_checkpoint
 from .description import create_card
+from .finite import StopsWhereNotFinite
 from .publishing import create_trainer_repo, publish_checkpoint, publish_trainer
 from .slots import FillsSlots
 
 logger = get_logger(__name__)
 
 
-class MethodTrainer(FillsSlots, Staged):
+class MethodTrainer(FillsSlots, StopsWhereNotFinite, Staged):
     """
     Mixin of the family bases: adopts the config, combines methods, fills slots, saves and restores state, logs.
 
@@ -316,6 +317,7 @@ class MethodTrainer(FillsSlots, Staged):
         self._metrics["train"].update({name: list(values) for name, values in state["metrics"].items()})
 
     def _save_checkpoint(self, model, trial):
+        self.check_weights()
         # Before TRL's part, whose last file marks a checkpoint as complete and which may push the folder to the Hub
         folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
@@ -349,6 +351,7 @@ class MethodTrainer(FillsSlots, Staged):
                 resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             check_checkpoint(resume_from_checkpoint, [m.name for m in self.methods])
             resume_from_checkpoint = str(resume_from_checkpoint)
+        self.check_weights()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
