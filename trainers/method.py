@@ -28,13 +28,14 @@ from .checkpoints import (
     tell_what_is_missing,
 )
 from .description import create_card
+from .finite import StopsWhereNotFinite
 from .publishing import create_trainer_repo, publish_checkpoint, publish_trainer
 from .slots import FillsSlots
 
 logger = get_logger(__name__)
 
 
-class MethodTrainer(FillsSlots, Staged):
+class MethodTrainer(FillsSlots, StopsWhereNotFinite, Staged):
     """
     Mixin of the family bases: adopts the config, combines methods, fills slots, saves and restores state, logs.
 
@@ -353,6 +354,7 @@ class MethodTrainer(FillsSlots, Staged):
         }
 
     def _save_checkpoint(self, model, trial):
+        self.check_weights()
         # Before TRL's part, whose last file marks a checkpoint as complete and which may push the folder to the Hub
         root = Path(self._get_output_dir(trial=trial))
         folder = root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -408,6 +410,7 @@ class MethodTrainer(FillsSlots, Staged):
                 resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
             self._check_resumable(Path(resume_from_checkpoint))
             resume_from_checkpoint = str(resume_from_checkpoint)
+        self.check_weights()
         self.accelerator.wait_for_everyone()
         if self.is_world_process_zero():
             begin_branch(self.args.output_dir, resume_from_checkpoint or None)

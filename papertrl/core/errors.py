@@ -16,6 +16,10 @@ class UsageError(JobError):
     exit_code = 2
 
 
+class NotFiniteError(JobError, FloatingPointError):
+    """Loss, gradient or weights of a training are NaN or infinite."""
+
+
 class Interrupted(JobError):
     """The run was stopped by a signal; the exit code is the shell's usual 128 plus the signal's number."""
 

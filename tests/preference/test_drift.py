@@ -84,7 +84,9 @@ def test_a_round_sets_samples_under_feedback_against_the_rejected_answer(tiny_pa
 
     trainer.draw = watched
     trainer.train()
-    assert len(asked) == 12 and len(rounds(tmp_path)) == 2
+    # In each iteration, every dissatisfied turn
+    assert len(rounds(tmp_path)) == 2
+    assert sorted(row for row, _ in asked[:12]) == sorted(row for row, _ in asked[12:]) == list(range(12))
     for row, prompt in asked:
         assert prompt == f"{TURNS['prompt'][row]}{TURNS['rejected'][row]} {TURNS['feedback'][row]}:"
     for candidates, pairs in zip(rounds(tmp_path, "candidates"), rounds(tmp_path), strict=True):
@@ -104,7 +106,7 @@ def test_a_round_sets_samples_under_feedback_against_the_rejected_answer(tiny_pa
             assert tokenizer.decode(pair["chosen_ids"], skip_special_tokens=True) == pair["chosen"]
         assert {tuple(group["sources"]) for group in candidates} == {("policy", "policy", "dataset")}
     logged = [row for row in history(trainer) if "online/drift_kept_share" in row]
-    kept = [len(pairs) / 12 for pairs in rounds(tmp_path)]
+    kept = [len(pairs) / 24 for pairs in rounds(tmp_path)]
     assert [row["online/drift_kept_share"] for row in logged] == pytest.approx(kept)
 
 
@@ -114,7 +116,7 @@ def test_samples_are_those_of_the_policy_under_the_feedback_prompt(tiny_path, to
     trainer.train()
     shown = [TEMPLATE.format(**{key: TURNS[key][i] for key in TURNS}) for i in range(12)]
     settings = {"online_iterations": 2, "online_num_samples": 1, "online_max_new_tokens": 4, "max_steps": 2}
-    settings |= {"online_temperature": 0.7, "online_top_p": 0.9, "online_batch_size": 5}
+    settings |= {"online_temperature": 0.7, "online_top_p": 0.9, "online_batch_size": 5, "online_reuse_prompts": True}
 
     class Watched(PreferenceTrainer):
         drawn: dict = {}

@@ -353,6 +353,20 @@ def test_steps_follow_from_prompts_and_epochs(tiny_path, tokenizer, tmp_path):
     assert [row["online/iteration"] for row in trainer.state.log_history if "online/iteration" in row] == [0, 1]
 
 
+@pytest.mark.parametrize(("number", "same"), [(None, 14), (5, 5)])
+def test_iterations_may_have_the_same_prompts(number, same, tiny_path, tokenizer, tmp_path):
+    reused = {"online_reuse_prompts": True, "online_num_prompts": number}
+    trainer = online(tiny_path, tokenizer, tmp_path, max_steps=-1, num_train_epochs=1, online_iterations=2, **reused)
+    trainer.train()
+    first, second = ([row["row"] for row in candidates] for candidates in rounds(tmp_path, "candidates"))
+    assert set(first) == set(second) and len(set(first)) == len(first) == same
+    # Each has its own answers
+    texts = [[row["completions"] for row in candidates] for candidates in rounds(tmp_path, "candidates")]
+    assert texts[0] != texts[1]
+    # An epoch goes through the prompts of all iterations
+    assert trainer.state.global_step == -(-2 * same // 4)
+
+
 def test_candidates_come_from_where_they_say(tiny_path, tokenizer, tmp_path):
     """Greedy where the temperature is next to 0, from the policy, the reference, and under another prompt."""
 

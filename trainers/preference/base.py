@@ -29,7 +29,13 @@ class PreferenceConfig(MethodConfigMixin, DPOConfig):
         ge=0,
     )
     online_num_prompts: int | None = method_field(
-        None, "Prompts per iteration. Unset, the dataset is divided evenly among the iterations.", ge=1
+        None,
+        "Prompts per iteration. Unset, the dataset is divided evenly among the iterations, or, with "
+        "`online_reuse_prompts`, each takes all of it.",
+        ge=1,
+    )
+    online_reuse_prompts: bool = method_field(
+        False, "Whether every iteration has the same prompts, rather than other ones as long as there are."
     )
     online_num_samples: int = method_field(2, "Completions sampled per prompt.", ge=1)
     online_max_new_tokens: int = method_field(256, "Longest sampled completion, in tokens.", ge=1)

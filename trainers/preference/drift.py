@@ -48,6 +48,9 @@ class DriftDPOConfig(PreferenceConfig):
     online_iterations: int = method_field(
         2, "Iterations of the online loop; 0 trains on the dataset's pairs. The paper's number.", ge=0
     )
+    online_reuse_prompts: bool = method_field(
+        True, "Whether every iteration answers the same dissatisfied turns. In the paper each answers all of them."
+    )
     online_num_samples: int = method_field(1, "Improved answers sampled per rejected one. The paper's number.", ge=1)
     online_max_new_tokens: int = method_field(512, "Longest sampled answer, in tokens. The paper's.", ge=1)
     online_temperature: float = method_field(0.7, "Temperature of sampling. The paper's.", gt=0.0)
@@ -79,6 +82,9 @@ class DriftDPOTrainer(PreferenceTrainer):
     In iteration k, y⁺ ~ π_k(· | x, y⁻, f, instruction), and L = L_DPO(x, y⁺, y⁻) + ω · mean over chosen tokens of
     −log π_θ(y⁺_t | x), with π_k as reference. Feedback f and instruction stand in the prompt of sampling only; y⁺ is
     scored under x alone, where it may be unlikely at first.
+
+    Every iteration answers every row once more, so that each y⁻ meets a new y⁺ each time; `online_num_prompts` limits
+    all iterations to the same rows, and `online_reuse_prompts=False` divides the rows among them.
 
     Rows are dissatisfied turns: `prompt` (x, text or messages), `rejected` (y⁻, the real answer) and `feedback` (f, a
     text, the user's next turn). Answers that are empty or equal y⁻ make no pair. Nobody has to score; reward functions

@@ -192,7 +192,8 @@ class OnlineLoop:
         count = trainer.prompts_per_iteration()
         rows = trainer.choose_prompts(count, round=trainer.iteration)
         if rows is None:
-            rows = cycled(trainer.args.seed, len(trainer.train_dataset), trainer.iteration * count, count, "prompts")
+            start = 0 if trainer.args.online_reuse_prompts else trainer.iteration * count
+            rows = cycled(trainer.args.seed, len(trainer.train_dataset), start, count, "prompts")
         groups = []
         for index in rows:
             row = trainer.train_dataset[index]

@@ -56,7 +56,8 @@ class OnlineStages:
                 The iteration, counted from 0.
 
         Returns:
-            `list[int]`, or `None` for the loop's own order: other rows in each iteration as long as there are.
+            `list[int]`, or `None` for the loop's own order: other rows in each iteration as long as there are, or
+            the same with `online_reuse_prompts`.
         """
         chooser = self.slots.prompts()
         return None if chooser is None else chooser.choose(count, round, self.keyed_generator(round))
@@ -194,7 +195,8 @@ class OnlineStages:
 
     def prompts_per_iteration(self) -> int:
         """How many prompts an iteration has; with `max_steps` unset, this decides on the number of steps."""
-        return self.args.online_num_prompts or max(1, len(self.train_dataset) // self.args.online_iterations)
+        shares = 1 if self.args.online_reuse_prompts else self.args.online_iterations
+        return self.args.online_num_prompts or max(1, len(self.train_dataset) // shares)
 
     # --- What the loop needs ------------------------------------------------------------------------------------
 
