@@ -1,15 +1,20 @@
 """Configs of methods: earlier names of fields, and fields that meet when configs merge."""
 
 import dataclasses
+import itertools
 import pickle
 
 import pytest
+from trl import DPOConfig, GRPOConfig
 
-from papertrl import DlerGRPOConfig, LpRegGRPOConfig, PolicyConfig
+from papertrl import D3sGRPOConfig, DlerGRPOConfig, LpRegGRPOConfig, PolicyConfig
+from papertrl.core.catalogue import load
 from papertrl.core.compose import compose
-from papertrl.core.configuration import ComponentConfig, merge_configs, method_config, method_field
+from papertrl.core.configuration import ComponentConfig, field_default, merge_configs, method_config, method_field
+from papertrl.core.family import FAMILIES
+from papertrl.job.arguments import make_parser
 
-from .harness.table import settings
+from .harness.table import CASES, OBJECTIVES, build, settings
 
 
 @method_config
@@ -80,3 +85,109 @@ def test_values_of_components_are_checked_in_a_trainers_config(tmp_path):
         config(**settings("policy", tmp_path), shared_rate=-1.0)
     with pytest.raises(ValueError, match="`shared_rate` must be"):
         config(**settings("policy", tmp_path), shared_rate="fast")
+
+
+# --- Defaults that meet ---------------------------------------------------------------------------------------------
+
+
+def defaults(config):
+    return {f.name: field_default(f) for f in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_combination_of_the_catalogue_has_defaults_that_depend_on_the_order(family):
+    """Every pair that meets in a field, and all methods at once."""
+    plain = load(FAMILIES[family].plain).config_class
+    usual = plain.__dataclass_fields__
+    parts = {case.method: load(case.method).config_class for case in CASES if case.family == family}
+    own = {
+        name: {f.name for f in dataclasses.fields(config) if f.name in usual and usual[f.name] is not f}
+        for name, config in parts.items()
+        if name in OBJECTIVES
+    }
+    meeting = [pair for pair in itertools.combinations(own, 2) if own[pair[0]] & own[pair[1]]]
+    for names in [*meeting, tuple(parts)]:
+        first, second = (
+            merge_configs("Composed", (*(parts[name] for name in order), plain)) for order in (names, names[::-1])
+        )
+        assert defaults(first) == defaults(second), names
+        assert first.differing_defaults == second.differing_defaults
+        helps = [{f.name: f.metadata.get("help") for f in dataclasses.fields(config)} for config in (first, second)]
+        assert helps[0] == helps[1]
+        for name in names:
+            for field in own.get(name, ()):
+                values = {defaults(parts[other])[field] for other in names if field in own.get(other, ())}
+                assert defaults(first)[field] == (values.pop() if len(values) == 1 else field_default(usual[field]))
+                assert (field in first.differing_defaults) == (len(values) > 1)
+
+
+@pytest.mark.parametrize("order", itertools.permutations(["lp_reg", "dler", "hapo", "gain_rl"]), ids="+".join)
+def test_defaults_of_several_methods_hold_where_they_agree(order):
+    found = defaults(compose(*order).config_class)
+    assert found["epsilon_high"] == defaults(GRPOConfig)["epsilon_high"]
+    # Two agree, one has it alone
+    assert found["delta"] == 10.0 and found["beta"] == 5e-4 and found["epsilon"] == 1.0
+
+
+@pytest.mark.parametrize("order", [("ln_dpo", "irpo"), ("irpo", "ln_dpo")], ids="+".join)
+def test_defaults_that_differ_are_told(order, tiny_path, tmp_path, caplog):
+    trainer_class = compose(*order)
+    help = next(action.help for action in make_parser(trainer_class)._actions if action.dest == "beta")
+    assert "1.0 of `IrpoDPOConfig`, 2.0 of `LnDPOConfig`" in help
+    usual = defaults(DPOConfig)["beta"]
+    trainer = build(
+        trainer_class, "preference", tiny_path, trainer_class.config_class(**settings("preference", tmp_path))
+    )
+    assert trainer.args.beta == usual
+    assert [r.message for r in caplog.records if "`beta` is 0.1" in r.message and "Set it" in r.message]
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "| `beta` | `0.1` |" in card
+    assert "defaults for `beta` differ (`1.0` of `IrpoDPOConfig`, `2.0` of `LnDPOConfig`)" in card
+
+
+def test_ranges_of_all_methods_are_checked_whatever_the_order(tmp_path):
+    for order in (("lp_reg", "dler"), ("dler", "lp_reg")):
+        with pytest.raises(ValueError, match="`delta` must be"):
+            compose(*order).config_class(**settings("policy", tmp_path), delta=0.5)
+        with pytest.raises(ValueError, match="`epsilon_high` must be"):
+            compose(*order).config_class(**settings("policy", tmp_path), epsilon_high=-1.0)
+
+
+# --- Configs of other trainers --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainer", "given", "fields", "remedy"),
+    [
+        (("lp_reg",), ("d3s",), "d3s_sample_ratio_start", r"compose\(LpRegGRPOTrainer, D3sGRPOTrainer\)"),
+        (("lp_reg",), ("d3s", "lp_reg"), "d3s_scope", r"compose\(LpRegGRPOTrainer, D3sGRPOTrainer\)"),
+        (("grpo",), ("gain_rl",), "gain_sigma", r"compose\(PolicyTrainer, GainRl\)"),
+        (
+            ("lp_reg", "dler"),
+            ("hapo",),
+            "hapo_adv_beta",
+            r"compose\(LpRegGRPOTrainer, DlerGRPOTrainer, HapoGRPOTrainer",
+        ),
+        (("dpo",), ("ln_dpo",), "ln_", r"compose\(LnDPOTrainer\)"),
+        (("ln_dpo",), ("hypo",), "hypo_kl_coef", r"compose\(LnDPOTrainer, HypoDPOTrainer\)"),
+        (("sft",), ("asft",), "asft_", r"compose\(AsftSFTTrainer\)"),
+        (("reward",), ("lion", "reward"), "lion_", r"compose\(.*Lion\)"),
+    ],
+)
+def test_settings_of_another_trainer_are_refused(trainer, given, fields, remedy, tmp_path):
+    """Whatever their values: their defaults are settings under which a method acts."""
+    trainer_class, config = compose(*trainer), compose(*given).config_class
+    args = config(**settings(trainer_class.family, tmp_path))
+    with pytest.raises(TypeError, match=f"{fields}.*would do nothing in `{trainer_class.__name__}`.*{remedy}"):
+        trainer_class.make_config(args, None)
+
+
+def test_settings_of_all_methods_are_taken_by_their_combination(policy_path, tmp_path):
+    trainer_class = compose("lp_reg", "d3s")
+    for base in (GRPOConfig, PolicyConfig, LpRegGRPOConfig, D3sGRPOConfig):
+        args = trainer_class.make_config(base(**settings("policy", tmp_path)), None)
+        assert type(args) is trainer_class.config_class
+    trainer = build(trainer_class, "policy", policy_path, trainer_class.config_class(**settings("policy", tmp_path)))
+    trainer.train()
+    assert {"lp_reg", "d3s"} <= {name.split("/")[0] for name in set().union(*trainer.state.log_history)}

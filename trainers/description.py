@@ -66,6 +66,7 @@ def describe(trainer: Any) -> dict[str, Any]:
         "tags": [*trainer._tag_names, *(method.name for method in trainer.methods)],
         "adapter": adapter,
         "config": scrub(configuration(trainer.args)),
+        "differing_defaults": trainer.args.differing_defaults,
         "seed": trainer.args.seed,
         "steps": trainer.state.global_step,
         "seconds": round(runtimes[-1], 1) if runtimes else None,
@@ -90,7 +91,10 @@ def told(method: Method) -> dict[str, Any]:
 
 
 def configuration(args: Any) -> dict[str, Any]:
-    """Fields of a config that differ from the defaults of its TRL parent, and every field of the methods."""
+    """
+    Fields of a config that differ from the defaults of its TRL parent, every field of the methods, and those for which
+    their defaults differ.
+    """
     parent = next(cls for cls in type(args).__mro__ if cls.__module__.startswith("trl."))
     inherited = {f.name: f for f in dataclasses.fields(parent)}
     own = introduced(type(args))
@@ -99,7 +103,8 @@ def configuration(args: Any) -> dict[str, Any]:
     for name in names:
         value = plain(getattr(args, name))
         kept_out = name in NO_CONFIGURATION or name.startswith("hub_") or names_a_secret(name)
-        if kept_out or (name in inherited and value == plain(field_default(inherited[name]))):
+        usual = name in inherited and value == plain(field_default(inherited[name]))
+        if kept_out or (usual and name not in args.differing_defaults):
             continue
         chosen[name] = value
     return chosen

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from trl.trainer.utils import get_config_model_id
 
-from ..core.configuration import field_default, merge_configs
+from ..core.configuration import differing_text, field_default, merge_configs
 from ..core.declaration import Method
 from ..core.family import Family
 from ..core.slots import Component, refuse_shared_slots
@@ -139,6 +139,10 @@ class MethodTrainer(FillsSlots, StopsWhereNotFinite, Staged):
         args = cls.config_class.adopt(args)
         if args is not given:
             cls._warn_of_what_is_off(args)
+        for name, defaults in cls.config_class.differing_defaults.items():
+            default = field_default(cls.config_class.__dataclass_fields__[name])
+            if getattr(args, name) == default:
+                logger.warning(f"`{name}` is {default!r}. {differing_text(defaults, default)} Set it to decide.")
         cls.refuse_clashes(args)
         refuse_shared_slots(cls.components, args)
         return args

@@ -7,7 +7,7 @@ import inspect
 import warnings
 from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from .ranges import Valid, check_ranges
 
@@ -135,7 +135,16 @@ class ConfigMixin:
 
     A subclass states the accepted values of its fields with [`method_field`]; relations between fields go into an
     override of `validate` that calls `super().validate()`.
+
+    Attributes:
+        combined (`tuple` of config classes):
+            Configs that a composed one was made of.
+        differing_defaults (`dict`):
+            Fields for which these have different defaults, with the default of each by its name.
     """
+
+    combined: ClassVar[tuple[type, ...]] = ()
+    differing_defaults: ClassVar[dict[str, dict[str, Any]]] = {}
 
     def __post_init__(self):
         # Before anything is computed from the values
@@ -180,13 +189,26 @@ class MethodConfigMixin(ConfigMixin):
     @classmethod
     def adopt(cls, args: Any) -> "MethodConfigMixin":
         """
-        Turn `args`, a config of TRL's parent trainer or of another method, into this class.
+        Turn `args`, a config of TRL's parent trainer or of a trainer that this one extends, into this class.
 
         Fields that `args` has keep its values; the method's own fields take their defaults. `args` is not changed.
 
         Raises:
-            `TypeError`: if `args` is not a config of the same TRL family.
+            `TypeError`: if `args` is not a config of the same TRL family, or has fields of other methods, which would
+                do nothing, whatever their values.
         """
+        known = {f.name for f in fields(cls)}
+        foreign = {name: owner for name, owner in introduced(type(args)).items() if name not in known}
+        if foreign:
+            owners = dict.fromkeys([*(cls.combined or (cls,)), *foreign.values()])
+            parts = [
+                _carrier(o) for o in owners if not any(o is not other and issubclass(other, o) for other in owners)
+            ]
+            raise TypeError(
+                f"`args` is a `{type(args).__name__}`, whose fields {list(foreign)} would do nothing in "
+                f"`{_carrier(cls)}`. Pass a `{cls.__name__}`, or train by `compose({', '.join(parts)})`, whose "
+                "`config_class` has all of these."
+            )
         if isinstance(args, cls):
             # It may have been changed since it was made
             args.validate()
@@ -205,18 +227,24 @@ class MethodConfigMixin(ConfigMixin):
         return adopted
 
 
+def _carrier(config: type) -> str:
+    """Name of the trainer or component that a config class belongs to."""
+    stem = config.__name__.removesuffix("Config")
+    return f"{stem}Trainer" if issubclass(config, MethodConfigMixin) else stem
+
+
 def merge_configs(name: str, configs: tuple[type, ...]) -> type:
     """
-    Config class that has the fields of all `configs`.
+    Config class that has the fields of all `configs`, the same in whatever order they are listed.
 
-    Where two of them give one field of their common base different defaults, the one listed first wins, whatever the
-    order in which dataclass inheritance would have resolved it.
+    Where some of them give a field of their common base a default of their own, that is the default; where they give
+    it different ones, none of them decides and the common base's holds. `differing_defaults` of the class tells.
 
     Args:
         name (`str`):
             Name of the new class.
         configs (`tuple` of config classes):
-            Configs of trainers of one family, and of components; the first taking precedence.
+            Configs of trainers of one family, and of components.
 
     Raises:
         `TypeError`: if two of them introduce a field of the same name.
@@ -226,13 +254,7 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
     if len(leaves) == 1:
         return leaves[0]
     refuse_shared_names(leaves)
-    chosen: dict[str, dataclasses.Field] = {}
-    for config in leaves:
-        for base in config.__mro__:
-            # What all have from a common base is theirs anyway, unless one of them overrides it
-            if ConfigMixin in base.__mro__[1:] and not all(issubclass(leaf, base) for leaf in leaves):
-                for f in own_fields(base):
-                    chosen.setdefault(f.name, config.__dataclass_fields__[f.name])
+    chosen, differing = _agreed_fields(sorted(leaves, key=lambda leaf: leaf.__name__))
 
     def reduce_composed(self, protocol):
         # The class is made at run time, so that pickle (used by `Trainer.save_model`) must make it again
@@ -242,14 +264,46 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
         "__module__": __name__,
         "__doc__": f"Config of a trainer composed of {', '.join(c.__name__ for c in leaves)}.",
         "__reduce_ex__": reduce_composed,
+        "combined": leaves,
+        "differing_defaults": differing,
     }
-    specs = [
-        (f.name, f.type, field(default=f.default, default_factory=f.default_factory, metadata=f.metadata))
-        for f in chosen.values()
-    ]
     # Components first, so that their checks and those of the trainers' configs end in the same one
     bases = tuple(sorted(leaves, key=lambda leaf: not issubclass(leaf, ComponentConfig)))
-    return _taking_earlier_names(dataclasses.make_dataclass(name, specs, bases=bases, namespace=namespace))
+    return _taking_earlier_names(dataclasses.make_dataclass(name, chosen, bases=bases, namespace=namespace))
+
+
+def _agreed_fields(leaves: list[type]) -> tuple[list[tuple], dict[str, dict[str, Any]]]:
+    """Fields of which some config has a default of its own, and the different defaults by field and config's name."""
+    chosen, differing = [], {}
+    for name in dict.fromkeys(name for leaf in leaves for name in leaf.__dataclass_fields__):
+        having = [leaf for leaf in leaves if name in leaf.__dataclass_fields__]
+        shared = next(
+            base
+            for base in having[0].__mro__
+            if name in getattr(base, "__dataclass_fields__", ()) and all(issubclass(leaf, base) for leaf in having)
+        )
+        common = shared.__dataclass_fields__[name]
+        own = {leaf.__name__: f for leaf in having if (f := leaf.__dataclass_fields__[name]) is not common}
+        if not own:
+            continue
+        defaults = {leaf: field_default(f) for leaf, f in own.items()}
+        agreed, metadata = next(iter(own.values())), None
+        if any(value != defaults[next(iter(own))] for value in defaults.values()):
+            agreed, differing[name] = common, defaults
+            text = f"{common.metadata.get('help', '')} {differing_text(defaults, field_default(common))}".strip()
+            kind = _Metadata if issubclass(shared, ConfigMixin) else dict
+            metadata = kind(common.metadata, help=text)
+        spec = field(
+            default=agreed.default, default_factory=agreed.default_factory, metadata=metadata or agreed.metadata
+        )
+        chosen.append((name, agreed.type, spec))
+    return chosen, differing
+
+
+def differing_text(defaults: dict[str, Any], value: Any) -> str:
+    """A sentence on the default `value` of a field for which methods have the different `defaults`."""
+    wanted = ", ".join(f"{default!r} of `{leaf}`" for leaf, default in defaults.items())
+    return f"The methods' defaults differ ({wanted}), so that {value!r} is the default, as without them."
 
 
 def introduced(config: type) -> dict[str, type]:

@@ -95,6 +95,7 @@ def model_card(
         command=run.get("command"),
         seed=run["seed"],
         config=run["config"],
+        differing_defaults=run.get("differing_defaults", {}),
         hardware=run["hardware"],
         steps=run["steps"],
         seconds=run.get("seconds"),
