@@ -166,8 +166,10 @@ def check_ranges(config: Any) -> None:
     Raises:
         `ValueError`: naming the field, the value and what is accepted.
     """
-    for f in fields(config):
-        value, valid = getattr(config, f.name), range_of(type(config), f)
+    # A composed config is held to the ranges of all that it was made of
+    declared = ((cls, f) for cls in getattr(config, "combined", ()) or (type(config),) for f in fields(cls))
+    for cls, f in declared:
+        value, valid = getattr(config, f.name), range_of(cls, f)
         if valid is not None and not valid.accepts(value):
             raise ValueError(f"`{f.name}` must be {valid}, got {value!r}.")
         if valid is None and any(isinstance(x, float) and not math.isfinite(x) for x in _items(value)):
