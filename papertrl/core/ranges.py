@@ -174,6 +174,8 @@ def check_ranges(config: Any) -> None:
             raise ValueError(f"`{f.name}` must be {valid}, got {value!r}.")
         if valid is None and any(isinstance(x, float) and not math.isfinite(x) for x in _items(value)):
             raise ValueError(f"`{f.name}` must be finite, got {value!r}.")
+    if hasattr(config, "max_steps"):
+        _check_schedule(config)
 
 
 def range_of(cls: type, f: Field) -> Valid | None:
