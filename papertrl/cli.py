@@ -1,5 +1,6 @@
 """The command line `papertrl` with its subcommands; the scripts of the same names run them as well."""
 
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from importlib import import_module
 from .core.catalogue import BROKEN, DECLARATIONS, chapters
 from .core.declaration import Method
 from .core.errors import JobError, UsageError, paragraph, tell
+from .core.secrets import RedactedRecord, redact
 from .job.arguments import Choice, choose, make_parser, make_trainer_class, parse
 
 # Modules whose `main` runs a subcommand, loaded when it is called
@@ -68,13 +70,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    logging.setLogRecordFactory(RedactedRecord)
     try:
         return _dispatch(argv)
     except KeyboardInterrupt:
         return _fail("Stopped by SIGINT before training began; nothing was saved.", 128 + signal.SIGINT)
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
         return _fail(paragraph(error), error.exit_code if isinstance(error, JobError) else 1)
 
 

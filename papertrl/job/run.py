@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import get_peft_config, get_quantization_config
 
 from ..core.errors import Interrupted, JobError
+from ..core.secrets import redact_command
 from ..hub.files import CURVES_FILE, METRICS_FILE, SAMPLES_FILE, START_MODEL
 from ..models.start import DEMONSTRATIONS, make_start_model, prepare_model
 from ..tasks import Task
@@ -222,7 +223,9 @@ def make_trainer(
 def _how_to_resume(signum: int, step: int, output: Path, command: list[str]) -> str:
     checkpoint = output / f"checkpoint-{step}"
     kept = [arg for arg in command if arg != "--overwrite_output_dir"]
-    again = shlex.join([*kept, "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)])
+    again = shlex.join(
+        [*redact_command(kept), "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)]
+    )
     return (
         f"Stopped by signal {signum} after step {step}; checkpoint saved in '{checkpoint}'. Go on with the same "
         f"command and the checkpoint: papertrl {again}"
