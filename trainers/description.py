@@ -86,7 +86,14 @@ def told(method: Method) -> dict[str, Any]:
         "slot": method.slot,
         "summary": method.summary,
         "signal": method.signal,
-        "paper": paper and {"title": paper.title, "id": paper.id, "citation": paper.citation},
+        "paper": paper
+        and {
+            "title": paper.title,
+            "id": paper.id,
+            "year": paper.year,
+            "authors": list(paper.authors),
+            "citation": paper.citation,
+        },
     }
 
 

@@ -240,8 +240,8 @@ def model_publication(
         )
     if missing and missing != [RUN_FILE] and not incomplete:
         raise JobError(
-            f"'{folder}' lacks {', '.join(missing)}, which the run leaves at its end. Restore what was moved, finish "
-            "the run by `--resume_from_checkpoint True`, or publish without by `--incomplete`."
+            f"'{folder}' lacks {', '.join(missing)}, which the run leaves at its end. Restore what was moved, or "
+            "publish without by `--incomplete`."
         )
     run = read_run(folder)
     if run is not None and base_model is not None:

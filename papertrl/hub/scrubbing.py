@@ -48,6 +48,11 @@ def _last(path: str, kind: type[PurePosixPath] | type[PureWindowsPath]) -> str:
     return "~" if _HOME.fullmatch(path.removeprefix("file://")) else kind(path).name or "<path>"
 
 
+def shortened(name: str) -> str:
+    """Name of a dataset or model for others to read: of a local one without the folders above it."""
+    return Path(name).resolve().name if Path(name).exists() else scrub_text(name)
+
+
 def host_names() -> list[str]:
     """Names of this machine, the longest first; `localhost` is everyone's."""
     full = {socket.gethostname(), os.environ.get("HOSTNAME", "")}
