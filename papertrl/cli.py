@@ -1,6 +1,7 @@
 """The command line `papertrl`: finds the command, and tells people of errors in a sentence."""
 
 import difflib
+import logging
 import os
 import signal
 import sys
@@ -10,6 +11,7 @@ from importlib import import_module
 
 from .core.catalogue import BROKEN
 from .core.errors import JobError, UsageError, paragraph, tell
+from .core.secrets import RedactedRecord, redact
 
 # Modules whose `main` runs a command, loaded when it is called
 COMMANDS = {
@@ -58,6 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    logging.setLogRecordFactory(RedactedRecord)
     try:
         return _dispatch(argv)
     except KeyboardInterrupt:
@@ -68,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except Exception as error:
         if debug:
-            traceback.print_exc()
+            print(redact(traceback.format_exc()), file=sys.stderr)
         return _fail(paragraph(error), error.exit_code if isinstance(error, JobError) else 1)
 
 

@@ -9,10 +9,11 @@ from trl.trainer.utils import get_config_model_id
 
 from ..core.configuration import field_default, introduced
 from ..core.declaration import Method
+from ..core.secrets import names_a_secret
 from ..hub.cards import model_card
 from ..hub.files import CARD_FILE, RUN_FILE
 from ..hub.runfile import NO_CONFIGURATION, hardware, is_repo_id, plain, read_json, versions, write_run
-from ..hub.scrubbing import names_a_secret, scrub
+from ..hub.scrubbing import scrub
 
 
 def create_card(trainer: Any, dataset_name: str | None, tags: str | list[str] | None) -> None:
@@ -86,7 +87,14 @@ def told(method: Method) -> dict[str, Any]:
         "slot": method.slot,
         "summary": method.summary,
         "signal": method.signal,
-        "paper": paper and {"title": paper.title, "id": paper.id, "citation": paper.citation},
+        "paper": paper
+        and {
+            "title": paper.title,
+            "id": paper.id,
+            "year": paper.year,
+            "authors": list(paper.authors),
+            "citation": paper.citation,
+        },
     }
 
 

@@ -8,6 +8,7 @@ from transformers.utils import logging
 
 from ..core.errors import JobError
 from ..hub.client import Sent
+from ..hub.health import check_model
 from ..hub.publication import MODEL, WEIGHTS, Publication, publishable
 from ..hub.publishing import create_repo, default_name, publish, send, valid_repo_id
 
@@ -34,6 +35,8 @@ def publish_trainer(
             token or args.hub_token,
             message=message or "End of training",
             revision=revision,
+            # A report that could not be made does not keep the model back
+            incomplete=True,
         )
     except JobError as error:
         raise JobError(
@@ -45,10 +48,11 @@ def publish_trainer(
 
 def publish_checkpoint(trainer: Any, checkpoint: Path) -> None:
     """Publish a checkpoint's model; training goes on if the Hub does not take it."""
-    items, _ = publishable(checkpoint, MODEL)
-    publication = Publication(trainer.hub_model_id, "model", items, owned=WEIGHTS)
     message = f"Training in progress, step {trainer.state.global_step}"
     try:
+        check_model(checkpoint)
+        items, _ = publishable(checkpoint, MODEL)
+        publication = Publication(trainer.hub_model_id, "model", items, owned=WEIGHTS)
         private = bool(trainer.args.hub_private_repo)
         send(HfApi(token=trainer.args.hub_token), publication, private, message, trainer.args.hub_revision)
     except JobError as error:

@@ -3,6 +3,8 @@
 import os
 import sys
 
+from .secrets import redact
+
 
 class JobError(Exception):
     """Something about the input, the machine or the run that its user can put right."""
@@ -44,4 +46,4 @@ def paragraph(error: BaseException) -> str:
 def tell(message: str) -> None:
     """Print one line or paragraph for the person at the command line, from one process of a run."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"papertrl: {message}", file=sys.stderr)
+        print(f"papertrl: {redact(message)}", file=sys.stderr)

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from ..core.errors import JobError
 from ..hub.cards import pipeline_of
 from ..hub.files import RUN_FILE, START_MODEL
+from ..hub.health import check_model
 from ..hub.runfile import read_json
 from ..models.start import prepare_model
 
@@ -54,6 +55,7 @@ def load_model(name: str) -> Loaded:
         )
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise JobError(f"Model '{name}': there is no such folder. Give the output directory of a run, or a Hub id.")
+    check_model(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if is_adapter(folder):

@@ -1,9 +1,11 @@
 """An evaluation's result as Markdown and as a plot."""
 
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 COLUMNS = 4
 
@@ -20,16 +22,20 @@ def cell(value: dict[str, float], sign: str = "") -> str:
 
 def markdown(result: dict[str, Any]) -> str:
     """Tables of a result: every model's metrics, and the paired differences to the first model."""
-    data, decoding = result["dataset"], result["settings"]
-    source = data.get("id") or f"{data['name']} {data['kwargs'] or ''}".strip()
-    how = "greedy" if decoding["temperature"] == 0 else f"temperature {decoding['temperature']:g}"
-    samples = decoding["num_samples"] * len(decoding["seeds"])
-    head = f"{data['prompts']} prompts of {source}; {how}, {samples} sample{'s' * (samples > 1)} each; 95 % intervals."
-    parts = ["# Evaluation", head, _rows(result["models"], "")]
+    parts = ["# Evaluation", f"{caption(result)}.", _rows(result["models"], "")]
     if result["differences"]:
         first = shown(next(iter(result["models"])))
         parts += [f"Paired differences to {first}:", _rows(result["differences"], "+")]
     return "\n\n".join(parts)
+
+
+def caption(result: dict[str, Any]) -> str:
+    """What was asked of the models, and how."""
+    data, decoding = result["dataset"], result["settings"]
+    source = data.get("id") or f"{data['name']} {data['kwargs'] or ''}".strip()
+    how = "greedy" if decoding["temperature"] == 0 else f"temperature {decoding['temperature']:g}"
+    samples = decoding["num_samples"] * len(decoding["seeds"])
+    return f"{data['prompts']} prompts of {source}; {how}, {samples} sample{'s' * (samples > 1)} each; 95 % intervals"
 
 
 def _rows(models: dict[str, dict[str, dict[str, float]]], sign: str) -> str:
@@ -47,7 +53,10 @@ def draw(result: dict[str, Any], path: Path) -> None:
     metrics = list(dict.fromkeys(metric for each in models.values() for metric in each))
     columns = min(COLUMNS, len(metrics))
     rows = -(-len(metrics) // columns)
-    figure = Figure(figsize=(3.4 * columns, (1.3 + 0.45 * len(models)) * rows), layout="constrained")
+    width = max(3.4 * columns, 5.0)
+    figure = Figure(figsize=(width, 0.5 + (1.3 + 0.45 * len(models)) * rows), layout="constrained")
+    title = f"{'Evaluation of ' + shown(next(iter(models))) if len(models) == 1 else 'Evaluation'}\n{caption(result)}"
+    figure.suptitle("\n".join(line for part in title.split("\n") for line in wrap(part, int(13 * width))), fontsize=10)
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, i + 1)
         for y, (name, each) in enumerate(models.items()):
@@ -61,4 +70,6 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.set_ylim(len(models) - 0.4, -0.6)
         axes.set_title(metric.replace("_", " "), fontsize=10)
         axes.grid(axis="x", alpha=0.3)
+        # Their labels do not meet, however narrow the panel
+        axes.xaxis.set_major_locator(MaxNLocator(4, min_n_ticks=2))
     figure.savefig(path, dpi=110)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..core.errors import UsageError
 from ..core.parsing import CommandParser
+from ..hub.scrubbing import scrub_command
 from .claim import claimed, load_claim
 from .result import panels, result, write_result
 from .study import FRESH_SEEDS, Study
@@ -59,7 +60,7 @@ def main(argv: list[str]) -> int:
     seeds = seeds_of(args)
     for claim in claims:
         study = Study(claim, args.work_dir, args.model, args.quick, args.jobs)
-        outcome = run(study, seeds, ["papertrl", "claims", *map(shlex.quote, argv)])
+        outcome = run(study, seeds, ["papertrl", "claims", *map(shlex.quote, scrub_command(argv, ()))])
         save(outcome, args.output_dir)
         print(report(outcome, args.output_dir))
     return 0

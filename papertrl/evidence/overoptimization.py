@@ -15,6 +15,7 @@ from ..core.catalogue import METHODS, load_trainer
 from ..core.errors import UsageError
 from ..core.family import PREFERENCE
 from ..core.parsing import CommandParser
+from ..hub.scrubbing import scrub_command
 from .claim import Arm, Claim, Comparison, Metric, Start
 from .command import add_run_flags
 from .plot import save
@@ -173,7 +174,7 @@ def main(argv: list[str]) -> int:
     study = OverOptimizationStudy(experiment(methods), args.work_dir, args.model, args.quick, args.jobs)
     tuning = study.tune()
     runs = study.compare(tuning, seeds)
-    outcome = result(study, tuning, runs, ["papertrl", NAME, *map(shlex.quote, argv)])
+    outcome = result(study, tuning, runs, ["papertrl", NAME, *map(shlex.quote, scrub_command(argv, ()))])
     for without in ("verdict", "tuning", "tuned_on", "development_seeds", "figures"):
         del outcome[without]
     outcome["curves"] = curves(runs)

@@ -1,6 +1,8 @@
 """Model cards, made from what `run.json` keeps of a run, so that they can be made again at any time."""
 
 import json
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,21 @@ import yaml
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 
-from .files import CARD_FILE, COMPLETIONS_FILE, CURVES_FILE, EVALUATION_FILE, RECIPE_FILE, SAMPLES_FILE, START_MODEL
+from .files import (
+    CARD_FILE,
+    COMPLETIONS_FILE,
+    CURVES_FILE,
+    EVALUATION_FILE,
+    EVALUATION_PLOT,
+    RECIPE_FILE,
+    SAMPLES_FILE,
+    START_MODEL,
+)
 from .runfile import is_repo_id, read_json
 from .scrubbing import scrub
 
 SHOWN_EXAMPLES = 3
+SHOWN_AUTHORS = 3
 
 TRL_CITATION = """\
 @software{vonwerra2020trl,
@@ -63,7 +75,7 @@ def model_card(
         library_name="peft" if run["adapter"] else "transformers",
         pipeline_tag=pipeline_of(run),
         model_name=title,
-        tags=list(dict.fromkeys(tags_of(run))),
+        tags=tags_of(run),
         eval_results=eval_results(run, evaluation),
         ignore_metadata_errors=False,
     )
@@ -88,6 +100,7 @@ def model_card(
         rounds_id=rounds_id,
         scores=scores,
         evaluation=evaluation,
+        has_evaluation_plot=evaluation is not None and (folder / EVALUATION_PLOT).exists(),
         has_curves=(folder / CURVES_FILE).exists(),
         has_samples=(folder / SAMPLES_FILE).exists(),
         has_recipe=(folder / RECIPE_FILE).exists(),
@@ -106,8 +119,18 @@ def model_card(
 
 
 def tags_of(run: dict[str, Any]) -> list[str]:
-    """Tags of a card: those of the run, and the papers'."""
-    return ["trl", "papertrl", *run["tags"], *(f"arxiv:{m['paper']['id']}" for m in run["methods"] if m["paper"])]
+    """Tags of a card, each once however it is written: those of the run, and the papers'."""
+    names = [method["name"] for method in run["methods"]]
+    papers = [f"arxiv:{method['paper']['id']}" for method in run["methods"] if method["paper"]]
+    return distinct_tags(["trl", "papertrl", *names, *run["tags"], *papers])
+
+
+def distinct_tags(tags: list[str]) -> list[str]:
+    """Tags without those that differ from an earlier one in case or dashes alone."""
+    kept: dict[str, str] = {}
+    for tag in tags:
+        kept.setdefault(re.sub(r"[\s_-]", "-", tag.lower()), tag)
+    return list(kept.values())
 
 
 def pipeline_of(run: dict[str, Any]) -> str:
@@ -121,7 +144,8 @@ def dataset_of(run: dict[str, Any]) -> tuple[str | None, str | None]:
     if dataset is None:
         task = run.get("task")
         return (f"the procedural task `{task['name']}` of papertrl" if task else None), None
-    name = dataset["id"]
+    # The folders above a local one are nobody's business
+    name = Path(dataset["id"]).name if dataset.get("local") else dataset["id"]
     on_hub = not dataset.get("local") and "/" in name and is_repo_id(name)
     return (name if on_hub else f"`{name}`"), (f"https://huggingface.co/datasets/{name}" if on_hub else None)
 
@@ -212,7 +236,7 @@ def completions_card(run: dict[str, Any], rows: int, model_id: str) -> str:
     dataset, _ = dataset_of(run)
     data = DatasetCardData(
         task_categories=["text-generation"],
-        tags=["trl", "papertrl", *(method["name"] for method in run["methods"])],
+        tags=distinct_tags(["trl", "papertrl", *(method["name"] for method in run["methods"])]),
         configs=[{"config_name": "default", "data_files": COMPLETIONS_FILE}],
     )
     body = _template("completions_card.md.jinja").render(
@@ -244,7 +268,7 @@ def rounds_card(run: dict[str, Any], rounds: list[dict[str, Any]], model_id: str
     }
     data = DatasetCardData(
         task_categories=["text-generation"],
-        tags=["trl", "papertrl", "preference", "synthetic", *(method["name"] for method in run["methods"])],
+        tags=distinct_tags(["trl", "papertrl", "preference", "synthetic", *(m["name"] for m in run["methods"])]),
         configs=[{"config_name": table, "data_files": split} for table, split in files.items() if split],
     )
     body = _template("rounds_card.md.jinja").render(
@@ -269,22 +293,41 @@ def fenced(content: Any) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
+def sentence(text: str) -> str:
+    """A text that ends as a sentence does, once."""
+    text = " ".join(text.split())
+    return text if re.search(r"[.!?…][\"')\]]*$", text) else f"{text}."
+
+
+def authors(names: list[str]) -> str:
+    """Authors of a paper, the first ones where there are many."""
+    if len(names) > SHOWN_AUTHORS + 1:
+        return f"{', '.join(names[:SHOWN_AUTHORS])} and {len(names) - SHOWN_AUTHORS} others"
+    return " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+
+
 def cell(content: Any) -> str:
     """A table cell that the text in it cannot leave."""
     text = " ".join(str(content).split())
     return text.replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|")
 
 
-def code_cell(content: Any) -> str:
-    """A value as code in a table cell."""
+def code_span(content: Any) -> str:
+    """A value as code within a line, which the text in it cannot leave."""
     text = " ".join((content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)).split())
     ticks = "`"
     while ticks in text:
         ticks += "`"
-    pad = " " if "`" in text else ""
-    return f"{ticks}{pad}{text}{pad}{ticks}".replace("|", "\\|")
+    pad = " " if "`" in text or not text else ""
+    return f"{ticks}{pad}{text}{pad}{ticks}"
 
 
+def code_cell(content: Any) -> str:
+    """A value as code in a table cell."""
+    return code_span(content).replace("|", "\\|")
+
+
+@cache
 def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("papertrl.model_cards", "."),
@@ -293,5 +336,6 @@ def _template(name: str) -> jinja2.Template:
         keep_trailing_newline=True,
     )
     # Jinja's own escapes HTML, which code blocks do not undo
-    environment.filters |= {"fenced": fenced, "cell": cell, "code_cell": code_cell, "tojson": json.dumps}
+    named = (fenced, cell, code_cell, sentence, authors)
+    environment.filters |= {filter.__name__: filter for filter in named} | {"tojson": json.dumps}
     return environment.get_template(name)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..core.errors import JobError
+from ..core.secrets import place_of_secret
 from .cards import check_card, completions_card, model_card, rounds_card
 from .client import Item
 from .files import (
@@ -29,8 +30,9 @@ from .files import (
     SAMPLES_FILE,
     START_MODEL,
 )
-from .runfile import read_json, read_run
-from .scrubbing import TOKEN, scrub, scrub_text
+from .health import ADAPTER_CONFIG, check_model, missing_reports
+from .runfile import is_repo_id, read_json, read_run
+from .scrubbing import scrub, scrub_text
 
 WEIGHTS = (
     "model.safetensors",
@@ -70,8 +72,19 @@ MODEL = (*WEIGHTS, *CONFIGURATION, *TOKENIZER)
 TEXTS = (".json", ".jsonl", ".md", ".yaml", ".jinja", ".txt")
 # Of a round's folder, in the order in which a card names them
 TABLES = ("pairs", "candidates")
-# Larger ones are vocabularies
-LARGEST_SCRUBBED = 1 << 20
+# Lists of words, in which a name before a value gives nothing away
+VOCABULARIES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+# In a model's JSON files, where it was loaded from
+ORIGINS = ("base_model_name_or_path", "_name_or_path", "name_or_path")
 
 
 @dataclass
@@ -88,6 +101,8 @@ class Publication:
             Files.
         skipped (`list[str]`, *optional*):
             Files that have a name to publish but lie outside the output directory.
+        missing (`list[str]`, *optional*):
+            Files that the run should have left, and that are not there.
         owned (`tuple[str, ...]`, *optional*):
             Names, with wildcards, of files that are removed from the repository if `items` lacks them.
     """
@@ -97,12 +112,14 @@ class Publication:
     items: list[Item]
     skipped: list[str] = field(default_factory=list)
     owned: tuple[str, ...] = ()
+    missing: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         total = sum(item.size for item in self.items)
         lines = [f"{self.repo_type} {self.repo_id}: {len(self.items)} files, {_bytes(total)}"]
         lines += [f"  {_bytes(item.size):>10}  {item.path}" for item in self.items]
         lines += [f"  left out, since it leads outside the output directory: {name}" for name in self.skipped]
+        lines += [f"  missing: {name}" for name in self.missing]
         return "\n".join(lines)
 
 
@@ -120,8 +137,9 @@ def publishable(folder: Path, patterns: tuple[str, ...], prefix: str = "") -> tu
     """
     Files directly in `folder` that may be published, and the names of those left out for leading outside it.
 
-    Only names on the list count, so that optimizer state, `.env`, checkpoints and notes stay where they are. Small
-    text files are scrubbed of tokens, absolute paths and the machine's name.
+    Only names on the list count, so that optimizer state, `.env`, checkpoints and notes stay where they are. Reports
+    are scrubbed of secrets, absolute paths and the machine's name. What the model computes with is not changed: a
+    secret in it is refused.
 
     Args:
         folder (`Path`):
@@ -130,6 +148,9 @@ def publishable(folder: Path, patterns: tuple[str, ...], prefix: str = "") -> tu
             Names, with wildcards.
         prefix (`str`, *optional*):
             Folder of the repository to put them in, with a slash.
+
+    Raises:
+        [`~papertrl.core.errors.JobError`]: if a file of the model or its tokenizer holds a secret, naming the place.
     """
     root = folder.resolve()
     items, outside = [], []
@@ -145,23 +166,38 @@ def publishable(folder: Path, patterns: tuple[str, ...], prefix: str = "") -> tu
 
 
 def _content(path: Path) -> Path | bytes:
-    if path.suffix not in TEXTS or path.stat().st_size > LARGEST_SCRUBBED or path.name in TOKENIZER:
+    if path.name in REPORTS and path.suffix in TEXTS:
+        # Scrubbed when they were made, except where people or methods put more into them
+        text = path.read_text(errors="surrogateescape")
+        clean = scrub_text(text)
+        return path if clean == text else clean.encode(errors="surrogateescape")
+    if path.suffix not in TEXTS and path.name not in VOCABULARIES:
         return path
-    text = path.read_text(errors="surrogateescape")
-    if path.suffix == ".json" and path.name in (*WEIGHTS, *CONFIGURATION):
-        return _scrubbed_json(path, text)
-    # Reports were scrubbed when they were made, except where people or methods put more into them
-    clean = scrub_text(text)
-    return path if clean == text else clean.encode(errors="surrogateescape")
+    refuse_secrets(path.name, path.read_text(errors="replace"))
+    return _without_origin(path) if path.suffix == ".json" and path.name not in VOCABULARIES else path
 
 
-def _scrubbed_json(path: Path, text: str) -> Path | bytes:
-    content = json.loads(text)
-    named = {key: content.get(key) for key in ("base_model_name_or_path", "_name_or_path")}
-    clean = {key: scrub_text(value) for key, value in named.items() if isinstance(value, str)}
-    if all(named[key] == value for key, value in clean.items()):
-        return path
-    return (json.dumps(content | clean, indent=2) + "\n").encode()
+def refuse_secrets(name: str, text: str) -> None:
+    """
+    Check that a text which is sent as it is holds no secret.
+
+    Raises:
+        [`~papertrl.core.errors.JobError`]: naming file, line and column.
+    """
+    place = place_of_secret(text, names=Path(name).name not in VOCABULARIES)
+    if place is not None:
+        line, column = place
+        raise JobError(
+            f"'{name}' holds what looks like a secret, in line {line} at column {column}. Remove it, then publish "
+            "again; if it was a real one, revoke it."
+        )
+
+
+def _without_origin(path: Path) -> Path | bytes:
+    content = read_json(path) or {}
+    named = {key: content[key] for key in ORIGINS if isinstance(content.get(key), str)}
+    clean = {key: scrub_text(value) for key, value in named.items()}
+    return path if clean == named else (json.dumps(content | clean, indent=2) + "\n").encode()
 
 
 def model_publication(
@@ -170,34 +206,76 @@ def model_publication(
     space_id: str | None = None,
     completions_id: str | None = None,
     rounds_id: str | None = None,
+    base_model: str | None = None,
+    incomplete: bool = False,
 ) -> Publication:
     """
     The model's repository: weights or adapter, tokenizer, configuration, card, curves, samples, metrics, recipe.
 
     A start model that is not on the Hub goes along, since comparing needs it. The card names what else is published.
 
+    Args:
+        folder (`Path`):
+            Output directory.
+        repo_id (`str`):
+            Hub id of the model.
+        space_id (`str`, *optional*), completions_id (`str`, *optional*), rounds_id (`str`, *optional*):
+            What else is published.
+        base_model (`str`, *optional*):
+            Hub id of the base model. Defaults to what the run says.
+        incomplete (`bool`, *optional*, defaults to `False`):
+            Whether to publish although the run's reports are not all there.
+
     Raises:
-        [`~papertrl.core.errors.JobError`]: if the folder holds no model, or a text in it holds a token.
+        [`~papertrl.core.errors.JobError`]: if the folder holds no model or a damaged one, lacks reports, or could not
+            be loaded by others, or if a file of the model holds a secret.
     """
+    check_model(folder)
+    missing = missing_reports(folder)
     items, skipped = publishable(folder, (*MODEL, *REPORTS))
     if not any(fnmatch.fnmatchcase(item.path, "*model*.safetensors") for item in items):
         raise JobError(
             f"'{folder}' holds no model: neither model.safetensors nor adapter_model.safetensors. Give the output "
             "directory of a finished run; a stopped one can be finished by `--resume_from_checkpoint`."
         )
+    if missing and missing != [RUN_FILE] and not incomplete:
+        raise JobError(
+            f"'{folder}' lacks {', '.join(missing)}, which the run leaves at its end. Restore what was moved, or "
+            "publish without by `--incomplete`."
+        )
     run = read_run(folder)
+    if run is not None and base_model is not None:
+        run["base_model"] = base_model
+    base_model = base_model or (run or {}).get("base_model")
     start = folder / START_MODEL
-    if run is not None and run.get("base_model") is None and start.is_dir() and not start.is_symlink():
+    if base_model is None and start.is_dir() and not start.is_symlink():
+        check_model(start)
         own, outside = publishable(start, MODEL, f"{START_MODEL}/")
         items, skipped = items + own, skipped + [f"{START_MODEL}/{name}" for name in outside]
+    elif base_model is None and not any(fnmatch.fnmatchcase(item.path, "model*.safetensors") for item in items):
+        _check_base_is_on_hub(folder, run)
     if run is not None and not any(name == CARD_FILE for name in skipped):
         items = [item for item in items if item.path != CARD_FILE]
         card = card_to_publish(folder, run, repo_id, space_id, completions_id, rounds_id)
         items.append(Item(CARD_FILE, card.encode()))
-        items = [_with_base(item, run["base_model"]) if run.get("base_model") else item for item in items]
+    if base_model is not None:
+        items = [_with_base(item, base_model) for item in items]
     items.sort(key=lambda item: item.path)
     check_items(items)
-    return Publication(repo_id, "model", items, skipped, WEIGHTS)
+    return Publication(repo_id, "model", items, skipped, WEIGHTS, missing)
+
+
+def _check_base_is_on_hub(folder: Path, run: dict[str, Any] | None) -> None:
+    """An adapter is of use to those only who can load its base, too."""
+    base = (read_json(folder / ADAPTER_CONFIG) or {}).get("base_model_name_or_path") or ""
+    # Of a run, its description would know
+    if run is None and is_repo_id(base) and not Path(base).exists():
+        return
+    raise JobError(
+        f"'{folder}' holds an adapter of the local model '{base}', without which nobody can load it. Publish that "
+        "model and name it by `--base_model OWNER/NAME`, or merge the two and publish the result: "
+        f"`papertrl merge {folder}`."
+    )
 
 
 def _with_base(item: Item, base_model: str) -> Item:
@@ -229,15 +307,14 @@ def check_items(items: list[Item]) -> None:
     Check what is about to be sent.
 
     Raises:
-        [`~papertrl.core.errors.JobError`]: if a text holds a token, or a card's metadata is not valid.
+        [`~papertrl.core.errors.JobError`]: if a text holds a secret, or a card's metadata is not valid.
     """
     for item in items:
-        if Path(item.path).suffix not in TEXTS or Path(item.path).name in TOKENIZER:
-            continue
-        content = item.content if isinstance(item.content, bytes) else item.content.read_bytes()
-        if TOKEN.search(content.decode(errors="replace")):
-            raise JobError(f"'{item.path}' holds what looks like an access token. Remove it, then publish again.")
+        # Files that are sent as they are were checked when they were read
+        if isinstance(item.content, bytes) and Path(item.path).suffix in TEXTS:
+            refuse_secrets(item.path, item.content.decode(errors="replace"))
         if item.path == CARD_FILE:
+            content = item.content if isinstance(item.content, bytes) else item.content.read_bytes()
             try:
                 check_card(content.decode())
             except ValueError as error:

@@ -39,6 +39,8 @@ def publish(
     message: str = "Publish the run",
     revision: str | None = None,
     endpoint: str | None = None,
+    base_model: str | None = None,
+    incomplete: bool = False,
 ) -> list[tuple[Publication, Sent | None]]:
     """
     Publish a run, as `papertrl publish` does.
@@ -68,6 +70,8 @@ def publish(
             Branch of the model's repository.
         endpoint (`str`, *optional*):
             Address of the Hub.
+        base_model (`str`, *optional*), incomplete (`bool`, *optional*, defaults to `False`):
+            As in [`~papertrl.hub.publication.model_publication`].
 
     Returns:
         `list`: what was published, and what it came to; `None` in a dry run.
@@ -77,6 +81,8 @@ def publish(
     """
     if not folder.is_dir():
         raise JobError(f"'{folder}' is not a folder. Give the output directory of a finished run.")
+    if base_model is not None:
+        valid_repo_id(base_model, "--base_model")
     hub = (read_run(folder) or {}).get("hub") or {}
     private = bool(hub.get("private")) if private is None else private
     name = valid_repo_id(repo_id or hub.get("repo_id") or default_name(folder))
@@ -87,7 +93,7 @@ def publish(
     completions_id = f"{name}-completions" if with_completions else None
     rounds_id = f"{name}-rounds" if with_rounds else None
     with tempfile.TemporaryDirectory() as rendered:
-        publications = [model_publication(folder, name, space_id, completions_id, rounds_id)]
+        publications = [model_publication(folder, name, space_id, completions_id, rounds_id, base_model, incomplete)]
         if completions_id:
             publications.append(completions_publication(folder, completions_id, name))
         if rounds_id:
@@ -140,7 +146,7 @@ def default_name(folder: Path) -> str:
     return re.sub(r"([.-]){2,}", r"\1", name).strip(".-")[:90] or "papertrl-run"
 
 
-def valid_repo_id(name: str) -> str:
+def valid_repo_id(name: str, flag: str = "--repo_id") -> str:
     """
     Check the form of a Hub id.
 
@@ -150,7 +156,7 @@ def valid_repo_id(name: str) -> str:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UsageError(f"`--repo_id`: {' '.join(str(error).split())}") from error
+        raise UsageError(f"`{flag}`: {' '.join(str(error).split())}") from error
     return name
 
 
@@ -178,6 +184,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--with_rounds", action="store_true", help="also publish what a preference method sampled in training"
     )
+    parser.add_argument("--base_model", help="Hub id of the model that an adapter belongs to, if it was a local one")
+    parser.add_argument("--incomplete", action="store_true", help="publish although reports of the run are missing")
     parser.add_argument("--dry_run", action="store_true", help="list what would be sent, and send nothing")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -204,6 +212,8 @@ def main(argv: list[str]) -> int:
         args.with_rounds,
         args.dry_run,
         revision=args.revision,
+        base_model=args.base_model,
+        incomplete=args.incomplete,
     )
     for publication, sent in published:
         if sent is None:

@@ -8,6 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import ProgressCallback, TrainerCallback
 
+from ..hub.cards import code_span, fenced
+from ..hub.scrubbing import scrub_text
 from .heldout import Answers
 
 SMOOTHING = 0.8
@@ -119,9 +121,10 @@ def draw_curves(metrics: list[dict[str, Any]], signals: dict[str, str], title: s
         points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), (int, float))]
         steps, values = zip(*points, strict=True)
         sparse = len(points) < 15
-        axes.plot(steps, values, color="tab:blue", alpha=1.0 if sparse else 0.3, marker="o" if sparse else None, ms=4)
+        look = {"marker": "o", "ms": 4} if sparse else {"alpha": 0.3}
+        axes.plot(steps, values, color="tab:blue", label="raw", **look)
         if not sparse:
-            axes.plot(steps, smooth(values), color="tab:blue", linewidth=2)
+            axes.plot(steps, smooth(values), color="tab:blue", linewidth=2, label="smoothed")
         axes.set_title(name, fontsize=11)
         axes.set_xlabel("optimizer step")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -129,6 +132,9 @@ def draw_curves(metrics: list[dict[str, Any]], signals: dict[str, str], title: s
         axes.grid(alpha=0.3)
         if label.startswith("share"):
             axes.set_ylim(-0.02, 1.02)
+    lines = {line.get_label(): line for axes in figure.axes for line in axes.get_lines()}
+    if len(lines) > 1:
+        figure.legend(lines.values(), lines.keys(), loc="outside lower right", ncols=len(lines), fontsize=9)
     figure.savefig(path, dpi=110)
 
 
@@ -148,13 +154,9 @@ def write_samples(problems: Any, before: Answers, after: Answers, path: Path) ->
     rows = problems.select(range(min(SHOWN_SAMPLES, len(problems))))
     for i, row in enumerate(rows):
         prompt = row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
-        parts.append(f"## {i + 1}\n\nPrompt:\n\n{_fenced(prompt)}\n")
+        parts.append(f"## {i + 1}\n\nPrompt:\n\n{fenced(prompt)}\n")
         if "answer" in row:
-            parts.append(f"Answer: `{row['answer']}`\n")
+            parts.append(f"Answer: {code_span(str(row['answer']))}\n")
         for name, answers in (("Before", before), ("After", after)):
-            parts.append(f"{name} (score {answers.scores[i]:g}):\n\n{_fenced(answers.texts[i])}\n")
-    path.write_text("\n".join(parts))
-
-
-def _fenced(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+            parts.append(f"{name} (score {answers.scores[i]:g}):\n\n{fenced(answers.texts[i])}\n")
+    path.write_text(scrub_text("\n".join(parts)), encoding="utf-8")

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback
 from trl import get_peft_config, get_quantization_config
 
 from ..core.errors import Interrupted, JobError
+from ..core.secrets import redact_command
 from ..hub.files import CURVES_FILE, METRICS_FILE, SAMPLES_FILE, START_MODEL
+from ..hub.scrubbing import shortened
 from ..models.start import DEMONSTRATIONS, make_start_model, prepare_model
 from ..tasks import Task
 from ..trainers.description import describe
@@ -223,7 +225,9 @@ def make_trainer(
 def _how_to_resume(signum: int, step: int, output: Path, command: list[str]) -> str:
     checkpoint = output / f"checkpoint-{step}"
     kept = without_flags(command, ("overwrite_output_dir", "output_dir", "resume_from_checkpoint"))
-    again = shlex.join([*kept, "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)])
+    again = shlex.join(
+        [*redact_command(kept), "--output_dir", str(output), "--resume_from_checkpoint", str(checkpoint)]
+    )
     return (
         f"Stopped by signal {signum} after step {step}; checkpoint saved in '{checkpoint}'. Go on with the same "
         f"command and the checkpoint: papertrl {again}"
@@ -243,7 +247,8 @@ def save(
     # A call that counts as the user's would publish what is not complete yet
     trainer.save_model(str(output), _internal_call=True)
     if trainer.accelerator.is_main_process:
-        title = f"{' + '.join(job.methods)} on {job.arguments.dataset_name or job.arguments.task or 'addition'}"
+        source = shortened(job.arguments.dataset_name or job.arguments.task or "addition")
+        title = f"{' + '.join(job.methods)} on {source}"
         signals = {m.name: m.signal for m in trainer.methods}
         draw_curves(read_metrics(output / METRICS_FILE), signals, title, output / CURVES_FILE)
         if isinstance(before, Answers):

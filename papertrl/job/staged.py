@@ -11,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils.memory import clear_device_cache
 
 from ..core.errors import Interrupted, JobError, UsageError
+from ..core.secrets import redact_command
 from ..hub.runfile import read_json
 from ..trainers.checkpoints import last_complete_checkpoint
 from .arguments import Choice, Job, parse
@@ -163,7 +164,7 @@ def prepare(job: Job, folder: Path, resumes: bool, previous: Path | None, last: 
 def how_to_resume(stage: int, stages: int, root: Path, command: list[str]) -> str:
     """What to tell somebody who stopped a stage, counted from 0."""
     kept = without_flags(command, ("overwrite_output_dir", "output_dir", "resume_from_checkpoint"))
-    again = shlex.join([*kept, "--output_dir", str(root), "--resume_from_checkpoint", "True"])
+    again = shlex.join([*redact_command(kept), "--output_dir", str(root), "--resume_from_checkpoint", "True"])
     return (
         f"Stopped in stage {stage + 1} of {stages}; what is finished and the newest checkpoint are below '{root}'. "
         f"Go on with the same command, which finds them: papertrl {again}"

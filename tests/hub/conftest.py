@@ -4,7 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from huggingface_hub import constants
+from safetensors.torch import save
 
 from papertrl.cli import main
 
@@ -37,13 +39,18 @@ def trained(tmp_path_factory):
     return folder
 
 
+def weights(value: int) -> bytes:
+    """A safetensors file of 200 000 bytes."""
+    return save({"weight": torch.full((199_920,), value, dtype=torch.uint8)})
+
+
 @pytest.fixture
 def folder(tmp_path):
     """A small output directory made by hand: a model in two shards, without `run.json`."""
     path = tmp_path / "small"
     path.mkdir()
     for i in (1, 2):
-        (path / f"model-0000{i}-of-00002.safetensors").write_bytes(bytes([i]) * 200_000)
+        (path / f"model-0000{i}-of-00002.safetensors").write_bytes(weights(i))
     (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {}}))
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     (path / "README.md").write_text("---\ntags:\n- trl\n---\n\n# Small\n")

@@ -1,6 +1,7 @@
 """Cards, `run.json` and what must not be in them."""
 
 import json
+import re
 import socket
 
 import pytest
@@ -10,8 +11,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from papertrl import compose
+from papertrl.core.catalogue import DECLARATIONS
 from papertrl.core.declaration import Method
-from papertrl.hub.cards import cell, check_card, code_cell, fenced, model_card, rounds_card
+from papertrl.hub.cards import (
+    authors,
+    cell,
+    check_card,
+    code_cell,
+    code_span,
+    fenced,
+    model_card,
+    rounds_card,
+    sentence,
+)
 from papertrl.hub.runfile import read_run
 from papertrl.hub.scrubbing import names_a_secret, scrub, scrub_command, scrub_text
 from papertrl.job.arguments import choose, parse
@@ -86,6 +98,12 @@ class TestMarkdown:
         assert lines[-1] == fence and not any(line.startswith(fence) for line in lines[1:-1])
 
     @given(st.text("`a\n|<&", max_size=30))
+    def test_a_span_is_not_left(self, text):
+        span = code_span(text)
+        ticks = re.match("`+", span)[0]
+        assert re.findall(r"(?<!`)`+(?!`)", span).count(ticks) == 2 and span.endswith(ticks)
+
+    @given(st.text("`a\n|<&", max_size=30))
     def test_a_cell_is_not_left(self, text):
         for shown in (cell(text), code_cell(text)):
             assert "\n" not in shown and "|" not in shown.replace("\\|", "")
@@ -108,6 +126,42 @@ ROUND = {
 
 
 class TestCard:
+    @pytest.mark.parametrize("summary", ["Does something", "Does something.", "Does what?", "Does (so!)", "Goes on…"])
+    def test_sentences_end_once(self, summary):
+        assert sentence(sentence(summary)) == sentence(summary)
+        assert not re.search(r"[.?!…]\)?\.", sentence(summary)) and re.search(r"[.?!…]\)?$", sentence(summary))
+
+    @pytest.mark.parametrize(
+        ("names", "shown"),
+        [(["A"], "A"), (["A", "B"], "A and B"), ([*"ABCD"], "A, B, C and D"), ([*"ABCDE"], "A, B, C and 2 others")],
+    )
+    def test_authors(self, names, shown):
+        assert authors(names) == shown
+
+    def test_no_card_of_a_method_doubles_punctuation_or_tags(self, trained):
+        for name, method in DECLARATIONS.items():
+            card = model_card(read_run(trained) | {"methods": [told(method)], "tags": [*method.tags, name]}, trained)
+            text = re.sub(r"```.*?```", "", card, flags=re.DOTALL)
+            assert not re.search(r"(?<!\.)\.\.(?!\.)|[?!]\.(?!\w)|,,|[.?!],", text), name
+            kept = yaml.safe_load(card.split("---\n")[1])["tags"]
+            tags = [tag.lower().replace("_", "-") for tag in kept]
+            assert len(set(tags)) == len(tags) and name in kept
+            assert method.paper is None or f", by {method.paper.authors[0]}" in card
+
+    def test_an_evaluation_is_shown_and_explained(self, trained, tmp_path):
+        measured = {"models": {"x": {"accuracy": {"value": 1.0}}}, "dataset": {"name": "org/test"}}
+        (tmp_path / "evaluation.json").write_text(json.dumps(measured))
+        assert "![Evaluation]" not in model_card(read_run(trained), tmp_path)
+        (tmp_path / "evaluation.png").write_bytes(b"x")
+        card = model_card(read_run(trained), tmp_path)
+        assert "![Evaluation](evaluation.png)" in card and "asked the saved model again" in card
+        assert "![Evaluation]" not in model_card(read_run(trained), tmp_path, evaluated=False)
+
+    def test_folders_above_a_local_dataset_stay_private(self, trained):
+        run = read_run(trained) | {"task": None, "dataset": {"id": "../anna/private/pairs.jsonl", "local": True}}
+        card = model_card(run, trained)
+        assert "on `pairs.jsonl`." in card and "anna" not in card
+
     def test_content(self, trained):
         card = (trained / "README.md").read_text()
         data = ModelCard(card).data

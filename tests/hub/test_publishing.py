@@ -3,12 +3,16 @@
 import json
 import os
 import re
+import shutil
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from papertrl.cli import main
 from papertrl.core.errors import JobError, UsageError
@@ -16,11 +20,12 @@ from papertrl.hub import client as client_module
 from papertrl.hub.publishing import default_name, publish, valid_repo_id
 from papertrl.trainers.publishing import publish_checkpoint, publish_trainer
 
-from .conftest import client
+from .conftest import client, weights
 from .server import OWNER, TOKEN, Fault
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
 REPO = f"{OWNER}/small"
+GITHUB = "ghp_" + "a1B2" * 9
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +93,7 @@ class TestContent:
         (folder / "run.json").write_text(json.dumps(run))
         (folder / "README.md").unlink()
         (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/tmp/x/start_model"}))
-        send(hub, folder)
+        send(hub, folder, incomplete=True)
         assert json.loads(hub.files(REPO)["adapter_config.json"]) == {"base_model_name_or_path": "org/base"}
         card = hub.files(REPO)["README.md"].decode()
         assert "base_model: org/base" in card and "base_model_relation: adapter" in card
@@ -133,7 +138,7 @@ class TestContent:
         for name in SHARDS:
             (folder / name).unlink()
         (folder / "model.safetensors.index.json").unlink()
-        (folder / "model.safetensors").write_bytes(b"small")
+        (folder / "model.safetensors").write_bytes(weights(3))
         send(hub, folder)
         assert {name for name in hub.files(REPO) if "model" in name} == {"model.safetensors"}
 
@@ -152,15 +157,150 @@ class TestContent:
             card.write_text(made)
 
 
+ADAPTER = {"adapter_model.safetensors": weights(1), "adapter_config.json": b'{"base_model_name_or_path": "BASE"}'}
+
+
+class TestRefusals:
+    """What would be of no use to others, or more use than meant, is refused before anything is sent."""
+
+    def refused(self, folder, match, **kwargs):
+        with pytest.raises(JobError, match=match):
+            publish(folder, REPO, dry_run=True, **kwargs)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "match"),
+        [
+            (SHARDS[0], save({"w": torch.tensor([1.0, float("nan")])}), "'w' has values that are no finite numbers"),
+            (SHARDS[0], save({"w": torch.full((3,), float("-inf"), dtype=torch.bfloat16)}), "no finite numbers"),
+            (SHARDS[1], weights(1)[:-1], "damaged or cut off"),
+            (SHARDS[1], weights(1)[:40], "damaged or cut off"),
+            (SHARDS[1], b"", "damaged or cut off"),
+            (
+                "model.safetensors.index.json",
+                b'{"weight_map": {"a": "model-00003-of-00003.safetensors"}}',
+                "lacks model",
+            ),
+            ("tokenizer.json", b"", "tokenizer.json' is empty"),
+            ("tokenizer_config.json", b'{"eos_token": ', "tokenizer_config.json' is no JSON"),
+            ("vocab.txt", b"", "vocab.txt' is empty"),
+            ("config.json", b"[]", "holds no JSON object"),
+            ("run.json", b"", "run.json' is empty"),
+            ("evaluation.json", b'{"models"', "evaluation.json' is no JSON"),
+            ("start_model/model.safetensors", save({"w": torch.tensor(float("nan"))}), "no finite numbers"),
+        ],
+    )
+    def test_damaged_files(self, folder, name, content, match):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / "start_model" / "config.json").parent.mkdir(exist_ok=True)
+        (folder / "start_model" / "config.json").write_text("{}")
+        publish(folder, REPO, dry_run=True)
+        (folder / name).write_bytes(content)
+        self.refused(folder, match)
+
+    def test_evaluate_refuses_them_too(self, folder, capsys):
+        (folder / SHARDS[0]).write_bytes(save({"w": torch.tensor(float("inf"))}))
+        assert main(["evaluate", str(folder), "--task", "addition", "--num_prompts", "2"]) == 1
+        assert "no finite numbers" in capsys.readouterr().err
+
+    def test_missing_configuration(self, folder):
+        (folder / "config.json").unlink()
+        self.refused(folder, "without config.json")
+
+    @pytest.mark.parametrize("name", ["training_curves.png", "metrics.jsonl", "recipe.yaml", "samples.md"])
+    def test_missing_reports(self, trained, tmp_path, name):
+        run = tmp_path / "run"
+        shutil.copytree(trained, run)
+        (run / name).write_bytes(b"")
+        self.refused(run, f"lacks {name}, which the run leaves.*--incomplete")
+        (run / name).unlink()
+        self.refused(run, f"lacks {name}")
+        ((publication, _),) = publish(run, REPO, dry_run=True, incomplete=True)
+        assert f"missing: {name}" in str(publication)
+
+    def test_a_folder_that_is_no_run_says_so(self, folder, capsys):
+        assert main(["publish", str(folder), "--dry_run"]) == 0
+        assert "missing: run.json" in capsys.readouterr().out
+
+    def test_an_adapter_of_a_local_model(self, folder, tmp_path):
+        for path in folder.glob("*model*"):
+            path.unlink()
+        for name, content in ADAPTER.items():
+            (folder / name).write_bytes(content.replace(b"BASE", str(tmp_path).encode()))
+        self.refused(folder, "adapter of the local model.*--base_model OWNER/NAME.*papertrl merge")
+        ((publication, _),) = publish(folder, REPO, dry_run=True, base_model="org/base")
+        (config,) = [item for item in publication.items if item.path == "adapter_config.json"]
+        assert json.loads(config.content)["base_model_name_or_path"] == "org/base"
+        with pytest.raises(UsageError, match="--base_model"):
+            publish(folder, REPO, dry_run=True, base_model=str(tmp_path))
+        # With its base beside it, or on the Hub, others can load it
+        (folder / "start_model").mkdir()
+        (folder / "start_model" / "config.json").write_text("{}")
+        publish(folder, REPO, dry_run=True)
+        shutil.rmtree(folder / "start_model")
+        (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
+        publish(folder, REPO, dry_run=True)
+
+    @pytest.mark.parametrize(
+        ("name", "content", "place"),
+        [
+            ("chat_template.jinja", f"{{{{ messages }}}}\n{{# {GITHUB} #}}", "line 2 at column 4"),
+            ("vocab.txt", f"the\na\n{GITHUB}\n", "line 3 at column 1"),
+            ("merges.txt", f"#version\n{GITHUB} x\n", "line 2 at column 1"),
+            ("tokenizer.json", json.dumps({"vocab": {"a": 1, GITHUB: 2}}, indent=1), "line 4 at column 4"),
+            ("added_tokens.json", json.dumps({GITHUB: 5}), "line 1 at column 3"),
+            ("special_tokens_map.json", json.dumps({"eos_token": GITHUB}), "line 1 at column 16"),
+            ("tokenizer_config.json", json.dumps({"auth_token": "swordfish"}), "line 1 at column 17"),
+            ("generation_config.json", json.dumps({"url": "https://anna:pw@host/x"}), "line 1"),
+            ("config.json", json.dumps({"password": "swordfish"}), "line 1"),
+            ("adapter_config.json", json.dumps({"revision": GITHUB}), "line 1"),
+            ("start_model/vocab.txt", f"{GITHUB}\n", "line 1 at column 1"),
+        ],
+    )
+    def test_secrets_in_what_the_model_computes_with(self, folder, name, content, place):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(content)
+        self.refused(folder, f"'{Path(name).name}' holds what looks like a secret, in {place}")
+
+    def test_words_of_a_vocabulary_are_no_secrets(self, hub, folder):
+        words = {
+            "password": 1,
+            "token": 2,
+            "secret": 3,
+            "auth": 4,
+            "hf_home": 5,
+            "sk-": 6,
+            "Authorization": 7,
+            "key=": 8,
+        }
+        (folder / "vocab.json").write_text(json.dumps(words))
+        (folder / "vocab.txt").write_text("\n".join(words))
+        settings = {
+            "eos_token": "</s>",
+            "stc_token": "\u2581",
+            "extra_token": "[X]",
+            "max_tokens": 3,
+            "bos_token": None,
+        }
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1))
+        send(hub, folder)
+        for name in ("vocab.json", "vocab.txt", "tokenizer_config.json"):
+            assert hub.files(REPO)[name] == (folder / name).read_bytes()
+
+    def test_a_long_report_is_scrubbed_too(self, hub, folder):
+        (folder / "metrics.jsonl").write_text(" " * (1 << 20) + "\n" + json.dumps({"note": GITHUB}) + "\n")
+        send(hub, folder)
+        assert hub.files(REPO)["metrics.jsonl"].endswith(b'{"note": "<token>"}\n')
+
+
 class TestRepetition:
     def test_nothing_is_sent_twice(self, hub, folder):
         first = send(hub, folder)
         again = send(hub, folder)
         assert (first.changed, again.changed) == (5, 0) and again.commit == first.commit
         assert len(hub.repos["model", REPO].commits) == 2
-        (folder / SHARDS[0]).write_bytes(b"changed")
+        (folder / SHARDS[0]).write_bytes(weights(3))
         assert send(hub, folder).changed == 1
-        assert sum(hub.received.values()) == 400_000 + len(b"changed")
+        assert sum(hub.received.values()) == 600_000
 
     def test_an_interrupted_upload_goes_on(self, hub, folder):
         hub.faults = [Fault("POST .*/commit/", times=99, status=500)]
