@@ -9,7 +9,8 @@ from importlib import import_module
 
 from .core.catalogue import BROKEN, DECLARATIONS, chapters
 from .core.declaration import Method
-from .core.errors import JobError, UsageError, paragraph, tell
+from .core.errors import JobError, UsageError, paragraph, tell, tell_failure
+from .core.streams import forgiving_streams
 from .job.arguments import Choice, choose, make_parser, make_trainer_class, parse
 
 # Modules whose `main` runs a subcommand, loaded when it is called
@@ -55,6 +56,7 @@ two minutes on two CPU cores, without network.
 """
 
 
+@forgiving_streams()
 def main(argv: list[str] | None = None) -> int:
     """
     Run the command line.
@@ -68,19 +70,18 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    # Plots go to files only, and a value that matplotlib does not know would end its import
+    os.environ["MPLBACKEND"] = "agg"
     try:
         return _dispatch(argv)
     except KeyboardInterrupt:
-        return _fail("Stopped by SIGINT before training began; nothing was saved.", 128 + signal.SIGINT)
+        tell("Stopped by SIGINT before training began; nothing was saved.")
+        return 128 + signal.SIGINT
     except Exception as error:
         if debug:
             traceback.print_exc()
-        return _fail(paragraph(error), error.exit_code if isinstance(error, JobError) else 1)
-
-
-def _fail(message: str, code: int) -> int:
-    tell(message)
-    return code
+        tell_failure(error, paragraph(error))
+        return error.exit_code if isinstance(error, JobError) else 1
 
 
 def _show(text: str) -> int:
@@ -131,10 +132,12 @@ def _train(choice: Choice, argv: list[str]) -> int:
         warnings.simplefilter("ignore")
     from transformers.utils.logging import disable_progress_bar
 
+    from .job.processes import join_processes
     from .job.run import run
     from .job.staged import run_stages, table
 
     disable_progress_bar()
+    join_processes()
     if choice.stages:
         stages = run_stages(choice, argv)
         text = f"{table(stages.rows)}\nstages:     {stages.output_dir}"

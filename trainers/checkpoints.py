@@ -181,7 +181,8 @@ def check_checkpoint(folder: str | Path, methods: list[str], layout: dict[str, A
     if rows_per_step(theirs) != rows_per_step(layout):
         raise ValueError(
             f"`resume_from_checkpoint`: '{folder}' was written with {split(theirs)}, but this run has "
-            f"{split(layout)}: steps, data and what methods count would mean something else. Choose a split with the same product."
+            f"{split(layout)}: steps, data and what methods count would mean something else. Choose a split with the "
+            "same product."
         )
     for name in layout:
         if name in SPLIT or (name in ORDER and not skips_data):

@@ -15,6 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..core.errors import JobError, UsageError
+from ..core.lock import refuse_if_owned
 from ..core.parsing import CommandParser
 from ..data import as_messages
 from ..evaluation.measure import Answered, measures, table
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> int:
         [`~papertrl.core.errors.JobError`]: for input that cannot be evaluated.
     """
     args = make_parser().parse_args(argv)
+    for name in args.models:
+        refuse_if_owned(Path(name), "Evaluate when it has ended, or a folder `checkpoint-*` in it.")
     settle(args)
     problems, judges, source = make_problems(args)
     chosen = choose_metrics(args, problems)

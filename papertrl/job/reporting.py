@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import ProgressCallback, TrainerCallback
 
+from ..core.errors import tell
 from .heldout import Answers
 
 SMOOTHING = 0.8
@@ -43,20 +44,34 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path):
         self.path = path
+        self._written: set[str] = set()
+        self._failed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            lines = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            # What follows training may be repeated
+            self._written = set(lines)
+            partial = self.path.with_suffix(".tmp")
+            partial.write_text("".join(lines), encoding="utf-8")
+            partial.replace(self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             self.write({"step": state.global_step, **logs})
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line, if it is new. Where the disk does not take it, that is said once."""
+        text = json.dumps(line) + "\n"
+        if text in self._written:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            if not self._failed:
+                tell(f"'{self.path}' cannot be written ({error.strerror}); training goes on without its lines.")
+            self._failed = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

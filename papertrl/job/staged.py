@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from ..core.errors import Interrupted, JobError, UsageError
 from ..hub.runfile import read_json
 from ..trainers.checkpoints import last_complete_checkpoint
 from .arguments import Choice, Job, parse
-from .claim import decided_by_main, free_folder, resumed_from
+from .claim import decided_by_main, free_folder, own, resumed_from
 from .heldout import Answers, Ranking
 from .run import run
 
@@ -63,8 +64,13 @@ def run_stages(choice: Choice, command: list[str]) -> FinishedStages:
     # All are read before the first one trains, so that a mistake in the last is found at once
     jobs = [parse(stage) for stage in choice.stages]
     check(jobs)
+    with ExitStack() as held:
+        return _run_stages(jobs, command, held)
+
+
+def _run_stages(jobs: list[Job], command: list[str], held: ExitStack) -> FinishedStages:
     state = PartialState()
-    root, rows = decided_by_main(state, lambda: claim(jobs))
+    root, rows = decided_by_main(state, lambda: claim(jobs, held))
     resumes = resumed_from(jobs[0]) is not None
     folders = [root / f"stage{i}_{job.trainer_class.family.plain}" for i, job in enumerate(jobs, start=1)]
     for i in range(max(0, len(rows) - 1), len(jobs)):
@@ -114,9 +120,9 @@ def check(jobs: list[Job]) -> None:
             )
 
 
-def claim(jobs: list[Job]) -> tuple[Path, list[Row]]:
+def claim(jobs: list[Job], held: ExitStack) -> tuple[Path, list[Row]]:
     """
-    Settle the folder of all stages, and what an earlier run has finished in it. For the main process.
+    Settle and own the folder of all stages, and what an earlier run has finished in it. For the main process.
 
     Raises:
         [`~papertrl.core.errors.JobError`]: if it holds another run, or there is nothing to resume.
@@ -129,12 +135,14 @@ def claim(jobs: list[Job]) -> tuple[Path, list[Row]]:
     if resumed_from(first):
         if not begun:
             raise JobError(f"`resume_from_checkpoint`: '{root}' holds no stage of an earlier run.")
+        own(root, held)
         return root, (read_json(record) or {"rows": []})["rows"]
     if begun and not first.arguments.overwrite_output_dir:
         raise JobError(
             f"`output_dir`: '{root}' already holds a run in stages. Go on with it by `--resume_from_checkpoint True`, "
             "replace it by `--overwrite_output_dir`, or choose another folder."
         )
+    own(root, held)
     for folder in root.glob("stage[0-9]*_*"):
         shutil.rmtree(folder)
     record.unlink(missing_ok=True)
