@@ -147,7 +147,7 @@ def publishable(folder: Path, patterns: tuple[str, ...], prefix: str = "") -> tu
 def _content(path: Path) -> Path | bytes:
     if path.suffix not in TEXTS or path.stat().st_size > LARGEST_SCRUBBED or path.name in TOKENIZER:
         return path
-    text = path.read_text(errors="surrogateescape")
+    text = path.read_text(errors="surrogateescape", encoding="utf-8")
     if path.suffix == ".json" and path.name in (*WEIGHTS, *CONFIGURATION):
         return _scrubbed_json(path, text)
     # Reports were scrubbed when they were made, except where people or methods put more into them
@@ -219,8 +219,8 @@ def card_to_publish(
     """The card, made anew with the repository's name and the newest evaluation, unless someone edited it."""
     path = folder / CARD_FILE
     made = [model_card(run, folder, evaluated=evaluated) for evaluated in (True, False)]
-    if path.exists() and path.read_text() not in made:
-        return scrub_text(path.read_text())
+    if path.exists() and path.read_text(encoding="utf-8") not in made:
+        return scrub_text(path.read_text(encoding="utf-8"))
     return model_card(run, folder, repo_id, space_id, completions_id, rounds_id)
 
 
@@ -257,7 +257,7 @@ def completions_publication(folder: Path, repo_id: str, model_id: str) -> Public
             f"'{folder}' holds no {COMPLETIONS_FILE}, which a run with held-out prompts writes; leave out "
             "`--with_completions`."
         )
-    text = scrub_text(path.read_text())
+    text = scrub_text(path.read_text(encoding="utf-8"))
     card = completions_card(run, len(text.splitlines()), model_id)
     items = [Item(CARD_FILE, card.encode()), Item(COMPLETIONS_FILE, text.encode())]
     check_items(items)

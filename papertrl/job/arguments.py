@@ -217,7 +217,7 @@ def read_config(name: str) -> dict[str, Any]:
             hint = f"Did you mean '{near[0]}'? " if near else ""
             raise UsageError(f"`--config`: '{name}' is no file and no recipe. {hint}Recipes are: {', '.join(known)}.")
     try:
-        config = yaml.safe_load(path.read_text())
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"`--config`: '{path}' is not valid YAML: {error}") from error
     if not isinstance(config, dict):

@@ -77,7 +77,7 @@ class MetricsFile(TrainerCallback):
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file, in order; a last line that was cut off is left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:
@@ -168,7 +168,7 @@ def write_samples(problems: Any, before: Answers, after: Answers, path: Path) ->
             parts.append(f"Answer: `{row['answer']}`\n")
         for name, answers in (("Before", before), ("After", after)):
             parts.append(f"{name} (score {answers.scores[i]:g}):\n\n{_fenced(answers.texts[i])}\n")
-    path.write_text("\n".join(parts))
+    path.write_text("\n".join(parts), encoding="utf-8")
 
 
 def _fenced(text: str) -> str:

@@ -205,7 +205,7 @@ def table(rows: list[Row]) -> str:
 
 def write(root: Path, rows: list[Row]) -> None:
     """Write what is finished, for people and for a resumed run."""
-    (root / TABLE_FILE).write_text("# Held-out prompts, answered greedily\n\n" + table(rows) + "\n")
+    (root / TABLE_FILE).write_text("# Held-out prompts, answered greedily\n\n" + table(rows) + "\n", encoding="utf-8")
     partial = root / f"{STAGES_FILE}.partial"
-    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     partial.replace(root / STAGES_FILE)
