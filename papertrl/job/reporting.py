@@ -52,9 +52,10 @@ class MetricsFile(TrainerCallback):
             lines = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= state.global_step]
             # What follows training may be repeated
             self._written = set(lines)
-            partial = self.path.with_suffix(".tmp")
-            partial.write_text("".join(lines), encoding="utf-8")
-            partial.replace(self.path)
+            if "".join(lines) != self.path.read_text(encoding="utf-8"):
+                partial = self.path.with_suffix(".tmp")
+                partial.write_text("".join(lines), encoding="utf-8")
+                partial.replace(self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
