@@ -111,7 +111,7 @@ def combine_domains(
             parameter.requires_grad_(True)
     tokenizer.save_pretrained(output_dir)
     record = {"adapters": list(map(str, adapters)), **asdict(found)}
-    (Path(output_dir) / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    (Path(output_dir) / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return found
 
 

@@ -200,7 +200,7 @@ class Stepper:
         """Add to `peak` the highest resident memory over that at the start, in MiB."""
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         start = _resident("VmRSS")
         yield
         self.peak = max(self.peak, _resident("VmHWM") - start)
@@ -224,7 +224,9 @@ class Stepper:
 
 
 def _resident(name: str) -> float:
-    [line] = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name)]
+    [line] = [
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(name)
+    ]
     return int(line.split()[1]) / 1024
 
 
@@ -278,7 +280,7 @@ def arguments(description: str, **defaults: int) -> argparse.ArgumentParser:
 
 def _others() -> tuple[float, float]:
     """Time, and CPU seconds that all other processes of the machine have used."""
-    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    user, nice, system = map(int, Path("/proc/stat").read_text(encoding="utf-8").split()[1:4])
     busy = (user + nice + system) / os.sysconf("SC_CLK_TCK")
     return time.monotonic(), busy - sum(os.times()[:2])
 
@@ -290,7 +292,7 @@ def write(folder: Path, name: str, results: dict[str, Any]) -> None:
     """Add `results` to `{name}.json`, beside the machine, versions and command they come from."""
     folder.mkdir(parents=True, exist_ok=True)
     now, busy = _others()
-    information = Path("/proc/cpuinfo").read_text().splitlines()
+    information = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     origin = {
         "command": " ".join(["python", *sys.argv]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -305,4 +307,4 @@ def write(folder: Path, name: str, results: dict[str, Any]) -> None:
         "versions": {"python": platform.python_version()}
         | {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "papertrl")},
     }
-    (folder / f"{name}.json").write_text(json.dumps(origin | {"results": results}, indent=1) + "\n")
+    (folder / f"{name}.json").write_text(json.dumps(origin | {"results": results}, indent=1) + "\n", encoding="utf-8")

@@ -23,7 +23,7 @@ FRONT_MARKS = ("<!-- benchmarks -->", "<!-- end of benchmarks -->")
 
 
 def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def step_table(files: dict[str, dict]) -> str:
@@ -153,9 +153,9 @@ def main() -> None:
 
 
 def fill(page: Path, marks: tuple[str, str], text: str) -> None:
-    head, rest = page.read_text().split(marks[0])
+    head, rest = page.read_text(encoding="utf-8").split(marks[0])
     tail = rest.split(marks[1])[1]
-    page.write_text(f"{head}{marks[0]}\n\n{text}\n\n{marks[1]}{tail}")
+    page.write_text(f"{head}{marks[0]}\n\n{text}\n\n{marks[1]}{tail}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import warnings
 from importlib import import_module
 
 from .core.catalogue import BROKEN
-from .core.errors import JobError, UsageError, paragraph, tell
+from .core.errors import JobError, UsageError, paragraph, tell, tell_failure
 from .core.secrets import RedactedRecord, redact
+from .core.streams import forgiving_streams
 
 # Modules whose `main` runs a command, loaded when it is called
 COMMANDS = {
@@ -47,6 +48,7 @@ usage: papertrl COMMAND [--help]
 """
 
 
+@forgiving_streams()
 def main(argv: list[str] | None = None) -> int:
     """
     Run the command line.
@@ -60,24 +62,23 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     debug = "--debug" in argv
+    # Plots go to files only, and a value that matplotlib does not know would end its import
+    os.environ["MPLBACKEND"] = "agg"
     logging.setLogRecordFactory(RedactedRecord)
     try:
         return _dispatch(argv)
     except KeyboardInterrupt:
         where = " before training began; nothing was saved" if argv[0] == "train" else ""
-        return _fail(f"Stopped by SIGINT{where}.", 128 + signal.SIGINT)
+        tell(f"Stopped by SIGINT{where}.")
+        return 128 + signal.SIGINT
     except BrokenPipeError:  # as by `papertrl methods | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
         if debug:
             print(redact(traceback.format_exc()), file=sys.stderr)
-        return _fail(paragraph(error), error.exit_code if isinstance(error, JobError) else 1)
-
-
-def _fail(message: str, code: int) -> int:
-    tell(message)
-    return code
+        tell_failure(error, paragraph(error))
+        return error.exit_code if isinstance(error, JobError) else 1
 
 
 def _dispatch(argv: list[str]) -> int:

@@ -15,13 +15,16 @@ VERDICTS = ("holds", "not shown", "reversed")
 
 def main() -> None:
     for path, text in pages().items():
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
 
 
 def pages() -> dict[Path, str]:
     """Every page that states something about methods, as it must be."""
     results = read_results(ROOT / "claims/results")
-    texts = {path: (ROOT / path).read_text() for path in ("README.md", "docs/methods.md", "docs/evidence.md")}
+    texts = {
+        path: (ROOT / path).read_text(encoding="utf-8")
+        for path in ("README.md", "docs/methods.md", "docs/evidence.md")
+    }
     for page, mark, text in (
         ("README.md", "counts", count_table(results)),
         ("docs/methods.md", "methods", method_sections()),
@@ -30,7 +33,7 @@ def pages() -> dict[Path, str]:
         ("docs/evidence.md", "evidence sections", evidence_sections(results)),
     ):
         texts[page] = with_text(texts[page], mark, text)
-    texts["docs/stages.md"] = with_users((ROOT / "docs/stages.md").read_text())
+    texts["docs/stages.md"] = with_users((ROOT / "docs/stages.md").read_text(encoding="utf-8"))
     return {ROOT / path: text for path, text in texts.items()}
 
 

@@ -104,6 +104,8 @@ def add_to_branch(output_dir: str | Path, checkpoint: Path) -> None:
 def _write_branch(output_dir: str | Path, folders: Iterable[Path]) -> None:
     root = Path(output_dir).resolve()
     paths = dict.fromkeys(folder.resolve() for folder in folders)
+    if list(paths) == [folder.resolve() for folder in read_branch(root) or []] and (root / BRANCH_FILE).exists():
+        return
     names = [str(path.relative_to(root)) if path.is_relative_to(root) else str(path) for path in paths]
     partial = root / f"{BRANCH_FILE}.tmp"
     partial.write_text(json.dumps(names) + "\n", encoding="utf-8")
@@ -181,7 +183,8 @@ def check_checkpoint(folder: str | Path, methods: list[str], layout: dict[str, A
     if rows_per_step(theirs) != rows_per_step(layout):
         raise ValueError(
             f"`resume_from_checkpoint`: '{folder}' was written with {split(theirs)}, but this run has "
-            f"{split(layout)}: steps, data and what methods count would mean something else. Choose a split with the same product."
+            f"{split(layout)}: steps, data and what methods count would mean something else. Choose a split with the "
+            "same product."
         )
     for name in layout:
         if name in SPLIT or (name in ORDER and not skips_data):

@@ -41,7 +41,7 @@ def create_card(trainer: Any, dataset_name: str | None, tags: str | list[str] | 
         # Scores and examples of another run
         (folder / RUN_FILE).unlink()
     run = write_run(folder, run)
-    (folder / CARD_FILE).write_text(model_card(run, folder))
+    (folder / CARD_FILE).write_text(model_card(run, folder), encoding="utf-8")
 
 
 def describe(trainer: Any) -> dict[str, Any]:

@@ -77,6 +77,15 @@ class StopsWhereNotFinite:
                 "training made them so."
             )
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        """Train; see [`~papertrl.trainers.resuming.Resumes.train`]. Weights that are not finite are refused."""
+        self.check_weights()
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_checkpoint(self, model, trial):
+        self.check_weights()
+        super()._save_checkpoint(model, trial)
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> Any:
         """Save the model; see [`~transformers.Trainer.save_model`]. Weights that are not finite are refused."""
         self.check_weights()

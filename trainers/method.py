@@ -8,34 +8,25 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from safetensors import SafetensorError
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
+from transformers.trainer_utils import HubStrategy
 from trl.trainer.utils import get_config_model_id
 
 from ..core.configuration import differing_text, field_default, merge_configs
 from ..core.declaration import Method
+from ..core.errors import paragraph
 from ..core.family import Family
 from ..core.slots import Component, refuse_shared_slots
 from ..core.stages import Link, Staged, is_off, remedy, ways_off
-from ..core.state import load_state, save_state
-from .checkpoints import (
-    STATE_FILE,
-    add_to_branch,
-    begin_branch,
-    check_checkpoint,
-    could_not_save,
-    last_complete_checkpoint,
-    tell_what_is_missing,
-)
 from .description import create_card
 from .finite import StopsWhereNotFinite
 from .publishing import create_trainer_repo, publish_checkpoint, publish_trainer
+from .resuming import Resumes
 from .slots import FillsSlots
 
 logger = get_logger(__name__)
 
 
-class MethodTrainer(FillsSlots, StopsWhereNotFinite, Staged):
+class MethodTrainer(FillsSlots, StopsWhereNotFinite, Resumes, Staged):
     """
     Mixin of the family bases: adopts the config, combines methods, fills slots, saves and restores state, logs.
 
@@ -281,7 +272,11 @@ class MethodTrainer(FillsSlots, StopsWhereNotFinite, Staged):
                 Further tags.
         """
         if self.is_world_process_zero():
-            create_card(self, dataset_name, tags)
+            try:
+                create_card(self, dataset_name, tags)
+            except Exception as error:
+                # TRL writes one before each checkpoint, which it must not cost
+                logger.warning(f"The model card could not be written: {paragraph(error)}")
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository to publish to, where it does not exist; see [`~transformers.Trainer`]."""
@@ -315,128 +310,6 @@ class MethodTrainer(FillsSlots, StopsWhereNotFinite, Staged):
         # TRL's would send the whole output directory, whatever lies in it, and optimizer state with some strategies
         if self.is_world_process_zero() and self.args.hub_strategy != HubStrategy.END:
             publish_checkpoint(self, Path(checkpoint_folder))
-
-    # --- State --------------------------------------------------------------------------------------------------
-
-    def method_state(self) -> dict[str, Any]:
-        """State that is the same on every rank, by method name: plain values and tensors. Extend through `super()`."""
-        return {}
-
-    def load_method_state(self, state: dict[str, Any]) -> None:
-        """Restore what [`method_state`] returned. Extend through `super()`."""
-
-    def rank_state(self) -> dict[str, Any]:
-        """State of this rank alone. Extend through `super()`."""
-        return {"metrics": {name: [float(v) for v in values] for name, values in self._metrics["train"].items()}}
-
-    def load_rank_state(self, state: dict[str, Any]) -> None:
-        """Restore what [`rank_state`] returned. Extend through `super()`."""
-        self._metrics["train"].update({name: list(values) for name, values in state["metrics"].items()})
-
-    def share_rank_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
-        """
-        State for this rank, from those of another number of ranks. Extend through `super()`.
-
-        Raises:
-            `ValueError`: if they cannot be shared out.
-        """
-        return {"metrics": states[0]["metrics"]}
-
-    def layout(self) -> dict[str, Any]:
-        """
-        What a resumed run must have in common with the one that wrote its checkpoint: how rows are split (whose
-        product counts), and what decides the order of the data. Extend through `super()`.
-        """
-        args, data = self.args, self.train_dataset
-        return {
-            "per_device_train_batch_size": args.train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "processes": self.accelerator.num_processes,
-            "rows of `train_dataset`": len(data) if hasattr(data, "__len__") else None,
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-        }
-
-    def _save_checkpoint(self, model, trial):
-        self.check_weights()
-        # Before TRL's part, whose last file marks a checkpoint as complete and which may push the folder to the Hub
-        root = Path(self._get_output_dir(trial=trial))
-        folder = root / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        try:
-            if self.args.should_save:
-                # Another branch of the run may have left one of this name
-                (folder / STATE_FILE).unlink(missing_ok=True)
-                # Files of ranks on other machines may lie there
-                ranks = 0 if self.args.save_on_each_node else self.accelerator.num_processes
-                state = {"methods": [m.name for m in self.methods], "layout": self.layout(), "ranks": ranks}
-                state |= {"state": self.method_state(), "components": self.slots.state_dict()}
-                save_state(folder / "papertrl", state)
-            self.accelerator.wait_for_everyone()
-            save_state(folder / f"papertrl_rank{self.accelerator.process_index}", self.rank_state())
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError) as error:
-            raise could_not_save(folder, str(root), error) from error
-        if self.args.should_save:
-            add_to_branch(root, folder)
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            saved = load_state(Path(checkpoint) / "papertrl")
-            self.resumed_layout = saved["layout"]
-            try:
-                self.load_method_state(saved["state"])
-                self.slots.load_state_dict(saved["components"])
-                self.load_rank_state(self._saved_rank_state(Path(checkpoint)))
-            except (KeyError, FileNotFoundError) as error:
-                raise ValueError(f"`resume_from_checkpoint`: '{checkpoint}' lacks the state {error}.") from error
-
-    def _saved_rank_state(self, folder: Path) -> dict[str, Any]:
-        count, rank = self.resumed_layout["processes"], self.accelerator.process_index
-        if count == self.accelerator.num_processes:
-            return load_state(folder / f"papertrl_rank{rank}")
-        return self.share_rank_states([load_state(folder / f"papertrl_rank{i}") for i in range(count)])
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """
-        Train, or go on from a checkpoint; see [`~transformers.Trainer.train`].
-
-        With `True`, the last *complete* checkpoint of the run in `args.output_dir` is taken: of the branch that was
-        trained last, where it went back to an earlier one. A checkpoint that has all steps of this run is loaded, and
-        nothing is trained, logged or saved.
-
-        Raises:
-            `ValueError`: if the checkpoint does not exist, is damaged, or was written by other methods or under
-                another layout.
-        """
-        if resume_from_checkpoint:
-            if resume_from_checkpoint is True:
-                resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
-            self._check_resumable(Path(resume_from_checkpoint))
-            resume_from_checkpoint = str(resume_from_checkpoint)
-        self.check_weights()
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            begin_branch(self.args.output_dir, resume_from_checkpoint or None)
-        return super().train(resume_from_checkpoint, *args, **kwargs)
-
-    def _check_resumable(self, folder: Path) -> None:
-        layout, skips_data = self.layout(), not self.args.ignore_data_skip or self.slots.prompts() is not None
-        check_checkpoint(folder, [m.name for m in self.methods], layout, skips_data)
-        rank, ranks = self.accelerator.process_index, self.accelerator.num_processes
-        if not (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            tell_what_is_missing(folder, f"rng_state_{rank}.pth" if ranks > 1 else "rng_state.pth")
-
-    @property
-    def nothing_left(self) -> bool:
-        """Whether the run went on from a checkpoint that has all of its steps."""
-        return 0 < self.state.max_steps <= self._initial_global_step
-
-    def _run_epoch(self, *args, **kwargs):
-        if self.state.global_step < self.state.max_steps:
-            return super()._run_epoch(*args, **kwargs)
-        # Transformers would train one step more
-        self.control.should_training_stop = True
 
 
 def _paper_of(methods: tuple[Method, ...]) -> dict[str, str] | None:

@@ -5,7 +5,7 @@ import warnings
 
 from ..core.catalogue import DECLARATIONS
 from ..job.arguments import Choice, choose, make_parser, make_trainer_class, parse
-from ..job.processes import is_launched, start
+from ..job.launching import is_launched, start
 from .methods import method_list, paper
 from .settings import loaded_settings, settings_of
 
@@ -74,10 +74,12 @@ def _train(choice: Choice, argv: list[str]) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from ..job.dry_run import dry_run
+    from ..job.processes import join_processes
     from ..job.run import run
     from ..job.staged import run_stages, table
 
     disable_progress_bar()
+    join_processes()
     if choice.dry_run:
         text = "\n\n".join(dry_run(parse(one)) for one in (choice.stages or [choice]))
     elif choice.stages:

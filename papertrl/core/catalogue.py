@@ -77,7 +77,7 @@ METHODS: dict[str, str] = {name: method.family or method.slot or method.kind for
 def combinations() -> dict[str, tuple[str, ...]]:
     """Methods that go together, with a recipe of their own that lists several `methods`."""
     folder = Path(importlib.util.find_spec("papertrl.recipes").origin).parent
-    recipes = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(folder.glob("*.yaml"))}
+    recipes = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.yaml"))}
     listed = {name: tuple(recipe.get("methods", ())) for name, recipe in recipes.items()}
     return {name: methods for name, methods in listed.items() if len([m for m in methods if m not in PLAIN]) > 1}
 

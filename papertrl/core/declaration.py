@@ -161,7 +161,7 @@ def read_declaration(path: Path, entry: str | None = None) -> Method:
         `ValueError`: naming the file and what is wrong with it.
     """
     try:
-        content = _without_null(tomllib.loads(path.read_text()))
+        content = _without_null(tomllib.loads(path.read_text(encoding="utf-8")))
         content["tags"] = _list(content, "tags")
         if "paper" in content:
             paper = content["paper"]

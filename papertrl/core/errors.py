@@ -47,3 +47,27 @@ def tell(message: str) -> None:
     """Print one line or paragraph for the person at the command line, from one process of a run."""
     if os.environ.get("RANK", "0") == "0":
         print(f"papertrl: {redact(message)}", file=sys.stderr)
+
+
+def tell_failure(error: BaseException, message: str) -> None:
+    """
+    Print why this process failed, once for all processes of the run: the first that fails speaks.
+
+    Others fail because of it. Before they have found each other, what is wrong with a command line is told by one.
+    """
+    rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+    if ranks != "1" and not _is_first_to_fail(error, rank):
+        return
+    where = "" if rank == "0" else f"[process {rank} of {ranks}] "
+    print(f"papertrl: {where}{redact(message)}", file=sys.stderr, flush=True)
+
+
+def _is_first_to_fail(error: BaseException, rank: str) -> bool:
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return rank == "0" or not isinstance(error, (JobError, ValueError, TypeError))
+    try:
+        return distributed.distributed_c10d._get_default_store().add("papertrl_failed", 1) == 1
+    except RuntimeError:
+        # The process that holds the store is gone
+        return True

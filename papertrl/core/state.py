@@ -35,7 +35,7 @@ def save_state(stem: Path, state: dict[str, Any]) -> None:
     temporary = stem.with_suffix(".tmp")
     save_file(tensors, temporary)
     os.replace(temporary, stem.with_suffix(".safetensors"))
-    temporary.write_text(text)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, stem.with_suffix(".json"))
 
 
@@ -48,4 +48,4 @@ def load_state(stem: Path) -> dict[str, Any]:
             return tensors[value[_TENSOR]] if _TENSOR in value else {key: decode(item) for key, item in value.items()}
         return [decode(item) for item in value] if isinstance(value, list) else value
 
-    return decode(json.loads(stem.with_suffix(".json").read_text()))
+    return decode(json.loads(stem.with_suffix(".json").read_text(encoding="utf-8")))

@@ -88,7 +88,7 @@ def base_of(name: str) -> str | None:
     if (folder / START_MODEL).is_dir():
         return str(folder / START_MODEL)
     if is_adapter(folder):
-        return json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+        return json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     return (read_json(folder / RUN_FILE) or {}).get("base_model")
 
 

@@ -126,7 +126,7 @@ def save(outcome: dict, output_dir: Path) -> None:
 def verdict_of(output_dir: Path, method: str) -> str:
     """Verdict in a method's result file."""
     path = output_dir / f"{method}.json"
-    return json.loads(path.read_text())["verdict"] if path.exists() else "not run"
+    return json.loads(path.read_text(encoding="utf-8"))["verdict"] if path.exists() else "not run"
 
 
 def report(outcome: dict, output_dir: Path) -> str:

@@ -286,4 +286,4 @@ def draw(outcome: dict[str, Any], path: Path) -> None:
 def read(folder: Path) -> dict[str, Any] | None:
     """The result in a folder, or `None` if it has not been measured."""
     path = folder / f"{NAME}.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -126,7 +126,7 @@ def write_result(path: Path, outcome: dict[str, Any]) -> None:
     """Write a result file, each list of numbers on one line; an interrupted write leaves the old one."""
     text = re.sub(r"\[\n[^\[\]{}]*\n *\]", _on_one_line, json.dumps(outcome, indent=1))
     partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
+    partial.write_text(text + "\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -109,7 +109,11 @@ class Study:
         Raises:
             [`~papertrl.core.errors.JobError`]: if a run fails; the others' results are kept.
         """
-        done = {i: json.loads(path.read_text()) for i, plan in enumerate(plans) if (path := self._file(plan)).exists()}
+        done = {
+            i: json.loads(path.read_text(encoding="utf-8"))
+            for i, plan in enumerate(plans)
+            if (path := self._file(plan)).exists()
+        }
         missing = [i for i in range(len(plans)) if i not in done]
         bar = tqdm(
             total=len(plans),
@@ -156,7 +160,7 @@ class Study:
         path = self._file(plan)
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_text(json.dumps(outcome))
+        partial.write_text(json.dumps(outcome), encoding="utf-8")
         partial.replace(path)
         return outcome
 

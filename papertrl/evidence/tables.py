@@ -10,7 +10,7 @@ from .claim import claimed, load_claim
 def read_results(folder: Path) -> dict[str, dict]:
     """Result files of a folder, by method, in the catalogue's order."""
     paths = {name: folder / f"{name}.json" for name in (*METHODS, *combinations())}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    return {name: json.loads(path.read_text(encoding="utf-8")) for name, path in paths.items() if path.exists()}
 
 
 def summary_table(results: dict[str, dict]) -> str:

@@ -173,7 +173,7 @@ def _content(path: Path) -> Path | bytes:
         return path if clean == text else clean.encode(errors="surrogateescape")
     if path.suffix not in TEXTS and path.name not in VOCABULARIES:
         return path
-    refuse_secrets(path.name, path.read_text(errors="replace"))
+    refuse_secrets(path.name, path.read_text(encoding="utf-8", errors="replace"))
     return _without_origin(path) if path.suffix == ".json" and path.name not in VOCABULARIES else path
 
 
@@ -297,8 +297,8 @@ def card_to_publish(
     """The card, made anew with the repository's name and the newest evaluation, unless someone edited it."""
     path = folder / CARD_FILE
     made = [model_card(run, folder, evaluated=evaluated) for evaluated in (True, False)]
-    if path.exists() and path.read_text() not in made:
-        return scrub_text(path.read_text())
+    if path.exists() and path.read_text(encoding="utf-8") not in made:
+        return scrub_text(path.read_text(encoding="utf-8"))
     return model_card(run, folder, repo_id, space_id, completions_id, rounds_id)
 
 
@@ -334,7 +334,7 @@ def completions_publication(folder: Path, repo_id: str, model_id: str) -> Public
             f"'{folder}' holds no {COMPLETIONS_FILE}, which a run with held-out prompts writes; leave out "
             "`--with_completions`."
         )
-    text = scrub_text(path.read_text())
+    text = scrub_text(path.read_text(encoding="utf-8"))
     card = completions_card(run, len(text.splitlines()), model_id)
     items = [Item(CARD_FILE, card.encode()), Item(COMPLETIONS_FILE, text.encode())]
     check_items(items)

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import disable_progress_bars, validate_repo_id
 
 from ..core.errors import JobError, UsageError
+from ..core.lock import refuse_if_owned
 from ..core.parsing import CommandParser
 from .client import Item, Sent, commit, with_retries
 from .publication import (
@@ -200,6 +201,7 @@ def main(argv: list[str]) -> int:
             Arguments after `publish`.
     """
     args = make_parser().parse_args(argv)
+    refuse_if_owned(Path(args.output_dir), "Publish when it has ended, or a folder `checkpoint-*` in it.")
     if os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS") is None and not os.isatty(2):
         disable_progress_bars()
     published = publish(

@@ -71,7 +71,7 @@ def hardware(processes: int) -> str:
         device = f"{torch.cuda.get_device_name(0)} ({memory:.0f} GiB)"
     else:
         info = Path("/proc/cpuinfo")
-        lines = info.read_text().splitlines() if info.exists() else []
+        lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "")
         device = f"CPU {model or platform.machine()}, {os.cpu_count()} cores"
     return f"{processes} process{'es' if processes > 1 else ''} on {device}, {platform.system()}"
@@ -89,7 +89,7 @@ def write_run(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
     """
     run = (read_run(folder) or {}) | scrub(run)
     partial = folder / f"{RUN_FILE}.partial"
-    partial.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+    partial.write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     partial.replace(folder / RUN_FILE)
     return run
 
@@ -102,7 +102,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 def read_json(path: Path) -> dict[str, Any] | None:
     """The mapping that a JSON file holds, or `None` where there is none that can be read."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError):
         return None
     return content if isinstance(content, dict) else None

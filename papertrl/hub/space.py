@@ -71,9 +71,13 @@ def render_space(model: str, output_dir: Path, run: dict[str, Any] | None, bundl
             if path.suffix in (".py", ".css"):
                 shutil.copyfile(path, output_dir / path.name)
         shutil.copyfile(guidance, output_dir / "papertrl_guidance.py")
-        (output_dir / "requirements.txt").write_text(requirements((source / "requirements.txt").read_text()))
-        (output_dir / "README.md").write_text(card(model, run, bundle is not None))
-        (output_dir / SPACE_FILE).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n")
+        (output_dir / "requirements.txt").write_text(
+            requirements((source / "requirements.txt").read_text(encoding="utf-8")), encoding="utf-8"
+        )
+        (output_dir / "README.md").write_text(card(model, run, bundle is not None), encoding="utf-8")
+        (output_dir / SPACE_FILE).write_text(
+            json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
         for item in carried:
             path = output_dir / BUNDLED / item.path
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +108,9 @@ def card(model: str, run: dict[str, Any] | None, bundled: bool) -> str:
     """Text of the Space's card."""
     name = model.rstrip("/").rpartition("/")[2]
     methods = [method["name"] for method in (run or {}).get("methods", [])]
-    template = (Path(importlib.util.find_spec("papertrl.spaces").origin).parent / "demo" / "README.md").read_text()
+    template = (Path(importlib.util.find_spec("papertrl.spaces").origin).parent / "demo" / "README.md").read_text(
+        encoding="utf-8"
+    )
     pinned_sdk = re.search(r"^sdk_version: (\S+)$", template, re.MULTILINE).group(1)
     data = SpaceCardData(
         title=f"{name} demo"[:LONGEST_TITLE],

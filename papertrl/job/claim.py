@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..core.errors import JobError
+from ..core.lock import owned
 from ..hub.files import (
     COMPLETIONS_FILE,
     CURVES_FILE,
@@ -23,6 +25,7 @@ from ..hub.files import (
     SAMPLES_FILE,
     START_MODEL,
 )
+from ..trainers.checkpoints import BRANCH_FILE
 from .arguments import Job
 
 # What tells that a folder holds a run, and goes where it is replaced
@@ -33,6 +36,7 @@ RUN_FILES = (
     START_MODEL,
     RUN_FILE,
     RECIPE_FILE,
+    BRANCH_FILE,
     COMPLETIONS_FILE,
     EVALUATION_FILE,
     EVALUATION_REPORT,
@@ -44,16 +48,24 @@ RUN_FILES = (
 )
 
 
-def claim_output_dir(job: Job, state: PartialState) -> Path:
+def claim_output_dir(job: Job, state: PartialState, held: ExitStack) -> Path:
     """
-    Settle and create the output directory; on the main process, for all.
+    Settle, create and own the output directory; on the main process, for all.
 
     Without `output_dir`, a new folder `runs/<methods>-<data>-<number>` is taken.
 
+    Args:
+        job ([`~papertrl.job.arguments.Job`]):
+            The job.
+        state (`PartialState`):
+            Of the processes of the job.
+        held (`ExitStack`):
+            Gives the folder up when it is closed.
+
     Raises:
-        [`JobError`]: if it is a file, cannot be written, or holds another run.
+        [`JobError`]: if it is a file, cannot be written, belongs to a run that lives, or holds another run.
     """
-    job.training.output_dir = decided_by_main(state, lambda: _claim(job))
+    job.training.output_dir = decided_by_main(state, lambda: _claim(job, held))
     return Path(job.training.output_dir)
 
 
@@ -78,38 +90,59 @@ def decided_by_main(state: PartialState, decide: Callable[[], Any]) -> Any:
 
 
 def free_folder(job: Job, methods: list[str]) -> Path:
-    """The first of `runs/<methods>-<data>-<number>` that does not exist."""
+    """The first of `runs/<methods>-<data>-<number>` that did not exist, made."""
     subject = job.arguments.dataset_name or job.arguments.task or "addition"
     stem = "_".join(methods) + "-" + Path(subject).stem.replace(":", "-")
     number = 1
-    while Path("runs", f"{stem}-{number}").exists():
-        number += 1
-    return Path("runs", f"{stem}-{number}")
+    while True:
+        folder = Path("runs", f"{stem}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            number += 1
+        except OSError as error:
+            raise _not_writable(folder, error) from error
 
 
-def _claim(job: Job) -> str:
-    path = Path(job.training.output_dir) if job.output_dir_given else free_folder(job, job.methods)
+def own(path: Path, held: ExitStack) -> None:
+    """
+    Make the folder `path` and own it until `held` is closed.
+
+    Raises:
+        [`JobError`]: if it is a file, cannot be written, or belongs to a run that lives.
+    """
     if path.exists() and not path.is_dir():
         raise JobError(f"`output_dir`: '{path}' is a file. Choose a folder.")
-    held = [name for name in RUN_FILES if (path / name).exists()] + [p.name for p in path.glob("checkpoint-*")]
-    if held and not job.training.resume_from_checkpoint:
-        if not job.arguments.overwrite_output_dir:
-            raise JobError(
-                f"`output_dir`: '{path}' already holds a run ({', '.join(sorted(held)[:3])}, ...). Go on with it by "
-                "`--resume_from_checkpoint True`, replace it by `--overwrite_output_dir`, or choose another folder."
-            )
-        for name in held:
-            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     try:
         path.mkdir(parents=True, exist_ok=True)
         probe = path / ".papertrl_probe"
         probe.write_bytes(bytes(4096))
         probe.unlink()
+        held.enter_context(owned(path))
     except OSError as error:
-        raise JobError(
-            f"`output_dir`: '{path}' cannot be written ({error.strerror}). Choose a folder that you may write to, on "
-            "a disk with free space."
-        ) from error
+        raise _not_writable(path, error) from error
+
+
+def _not_writable(path: Path, error: OSError) -> JobError:
+    return JobError(
+        f"`output_dir`: '{path}' cannot be written ({error.strerror}). Choose a folder that you may write to, on a "
+        "disk with free space."
+    )
+
+
+def _claim(job: Job, held: ExitStack) -> str:
+    path = Path(job.training.output_dir) if job.output_dir_given else free_folder(job, job.methods)
+    own(path, held)
+    found = [name for name in RUN_FILES if (path / name).exists()] + [p.name for p in path.glob("checkpoint-*")]
+    if found and not job.training.resume_from_checkpoint:
+        if not job.arguments.overwrite_output_dir:
+            raise JobError(
+                f"`output_dir`: '{path}' already holds a run ({', '.join(sorted(found)[:3])}, ...). Go on with it by "
+                "`--resume_from_checkpoint True`, replace it by `--overwrite_output_dir`, or choose another folder."
+            )
+        for name in found:
+            shutil.rmtree(path / name) if (path / name).is_dir() else (path / name).unlink()
     return str(path)
 
 

@@ -15,6 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from ..core.errors import JobError, UsageError
+from ..core.lock import refuse_if_owned
 from ..core.parsing import CommandParser
 from ..data import as_messages
 from ..evaluation.measure import Answered, measures, table
@@ -92,6 +93,8 @@ def main(argv: list[str]) -> int:
         [`~papertrl.core.errors.JobError`]: for input that cannot be evaluated.
     """
     args = make_parser().parse_args(argv)
+    for name in args.models:
+        refuse_if_owned(Path(name), "Evaluate when it has ended, or a folder `checkpoint-*` in it.")
     settle(args)
     problems, judges, source = make_problems(args)
     chosen = choose_metrics(args, problems)
@@ -278,7 +281,7 @@ def answer(
 ) -> Answered:
     """A model's answers: read if they were kept, else generated and kept. Scores are always computed."""
     file = output / EVALUATION_COMPLETIONS / f"{Path(name).name}-{_key(args, name, problems)}.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if not kept or base not in (None, kept["base"]):
         loaded = load_model(name)
         kept = kept or _generate(args, name, loaded, problems)
@@ -289,7 +292,7 @@ def answer(
             )
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(kept, ensure_ascii=False))
+        partial.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
         partial.replace(file)
     samples = len(kept["texts"][0])
     prompts = [prompt for prompt in problems["prompt"] for _ in range(samples)]
@@ -355,6 +358,6 @@ def write(result: dict[str, Any], output: Path) -> None:
         (EVALUATION_REPORT, markdown(result) + "\n"),
     ):
         partial = output / f"{name}.partial"
-        partial.write_text(text)
+        partial.write_text(text, encoding="utf-8")
         partial.replace(output / name)
     draw(result, output / EVALUATION_PLOT)

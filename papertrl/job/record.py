@@ -104,8 +104,10 @@ def write_job_files(
         run["scores"] = {"measure": run["measure"], "how": after.how, "before": before.mean, "after": after.mean}
     if isinstance(before, Answers):
         rows = scrub(completions(problems, before, after))
-        (folder / COMPLETIONS_FILE).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        (folder / COMPLETIONS_FILE).write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8"
+        )
         run["scores"]["prompts"] = len(after.scores)
         run["examples"] = rows[:KEPT_EXAMPLES]
     run = write_run(folder, run)
-    (folder / RECIPE_FILE).write_text(recipe(job, run))
+    (folder / RECIPE_FILE).write_text(recipe(job, run), encoding="utf-8")

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from transformers import ProgressCallback, TrainerCallback
 
+from ..core.errors import tell
 from ..hub.cards import code_span, fenced
 from ..hub.scrubbing import scrub_text
 from .heldout import Answers
@@ -45,26 +46,41 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path):
         self.path = path
+        self._written: set[str] = set()
+        self._failed = False
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] <= state.global_step]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            lines = [json.dumps(line) + "\n" for line in read_metrics(self.path) if line["step"] <= state.global_step]
+            # What follows training may be repeated
+            self._written = set(lines)
+            if "".join(lines) != self.path.read_text(encoding="utf-8"):
+                partial = self.path.with_suffix(".tmp")
+                partial.write_text("".join(lines), encoding="utf-8")
+                partial.replace(self.path)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if state.is_world_process_zero:
             self.write({"step": state.global_step, **logs})
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        """Append one line, if it is new. Where the disk does not take it, that is said once."""
+        text = json.dumps(line) + "\n"
+        if text in self._written:
+            return
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            if not self._failed:
+                tell(f"'{self.path}' cannot be written ({error.strerror}); training goes on without its lines.")
+            self._failed = True
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Lines of a metrics file, in order; a last line that was cut off is left out."""
     lines = []
-    for text in path.read_text().splitlines():
+    for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except json.JSONDecodeError:

@@ -2,7 +2,8 @@
 
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
-from ..core.errors import Interrupted, JobError
+from ..core.errors import Interrupted, JobError, paragraph, tell
 from ..core.secrets import redact_command
-from ..hub.files import CURVES_FILE, METRICS_FILE, SAMPLES_FILE, START_MODEL
+from ..hub.files import CARD_FILE, CURVES_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE, START_MODEL
+from ..hub.runfile import read_json
 from ..hub.scrubbing import shortened
 from ..models.start import DEMONSTRATIONS, make_start_model, prepare_model
 from ..tasks import Task
+from ..trainers.checkpoints import STATE_FILE, last_complete_checkpoint, read_branch
 from ..trainers.description import describe
 from .arguments import Job
 from .claim import claim_output_dir, resumed_from
@@ -27,6 +30,7 @@ from .flags import without_flags
 from .heldout import Answers, HeldOut, HeldOutPairs, Ranking
 from .interrupt import StopOnSignal
 from .judges import is_judged, judges_of, named_judges, pairs_online
+from .processes import SayProcesses, check_processes
 from .record import describe_job, write_job_files
 from .reporting import MetricsFile, ProgressBar, draw_curves, read_metrics, write_samples
 
@@ -65,15 +69,16 @@ def run(job: Job, command: list[str]) -> Finished:
         [`~papertrl.core.errors.JobError`]: if input, machine or output directory do not allow it.
         [`~papertrl.core.errors.Interrupted`]: if a signal stopped it; a checkpoint was saved.
     """
-    with StopOnSignal() as stop:
-        return _run(job, command, stop)
+    with StopOnSignal() as stop, ExitStack() as held:
+        return _run(job, command, stop, held)
 
 
-def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
+def _run(job: Job, command: list[str], stop: StopOnSignal, held: ExitStack) -> Finished:
     state = PartialState()
+    check_processes(state)
     limit_threads(state, tiny=job.embedded)
     rewards, judge = named_judges(job)
-    output = claim_output_dir(job, state)
+    output = claim_output_dir(job, state, held)
     set_seed(job.training.seed)
     task = task_of(job.arguments)
     model_path, tokenizer = start_model(job, task, output, state)
@@ -83,12 +88,50 @@ def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
     before = held_out and held_out.look()
     if before and state.is_main_process and not job.training.resume_from_checkpoint:
         MetricsFile(output / METRICS_FILE).write({"step": 0, f"held_out/{data.measure}": before.mean})
-    trainer.train(resume_from_checkpoint=resumed_from(job))
+    train(trainer, resumed_from(job), output)
     if stop.received:
         raise Interrupted(stop.received, _how_to_resume(stop.received, trainer.state.global_step, output, command))
+    if is_complete(trainer, output):
+        tell(f"Nothing is left to train: '{output}' holds a finished run of {trainer.state.global_step} steps.")
+        return Finished(output, data.measure, before, held_out and held_out.look())
+    # First of all, so that nothing that follows can cost it. A call that counts as the user's would publish what is
+    # not complete yet
+    trainer.save_model(str(output), _internal_call=True)
     after = held_out and held_out.look()
     save(trainer, job, data, output, before, after, command)
     return Finished(output, data.measure, before, after)
+
+
+def train(trainer: Any, resume_from_checkpoint: str | bool | None, output: Path) -> None:
+    """
+    Train, or go on.
+
+    Raises:
+        [`~papertrl.core.errors.JobError`]: if the machine fails, as by a full disk; it names the checkpoint to go on
+            from.
+    """
+    try:
+        trainer.train(resume_from_checkpoint=resume_from_checkpoint)
+    except OSError as error:
+        try:
+            last = last_complete_checkpoint(str(output))
+        except ValueError:
+            raise error from None
+        raise JobError(
+            f"Training stopped after step {trainer.state.global_step}: {' '.join(str(error).split())}. Once that is "
+            f"put right, go on by `--output_dir {output} --resume_from_checkpoint {last}`."
+        ) from error
+
+
+def is_complete(trainer: Any, output: Path) -> bool:
+    """Whether nothing was trained, since the folder holds a finished run, down to its card."""
+    if not trainer.nothing_left or not list(output.glob("*.safetensors")) or not (output / CARD_FILE).exists():
+        return False
+    steps = (read_json(output / RUN_FILE) or {}).get("steps")
+    last = [folder / STATE_FILE for folder in read_branch(output) or []][-1:]
+    # An earlier branch may have come as far
+    newer = all(file.stat().st_mtime <= (output / RUN_FILE).stat().st_mtime for file in last)
+    return steps == trainer.state.global_step and newer
 
 
 def limit_threads(state: PartialState, tiny: bool) -> None:
@@ -187,7 +230,7 @@ def make_trainer(
     stop: StopOnSignal,
 ) -> tuple[Any, HeldOut | HeldOutPairs | None]:
     """The trainer with the callbacks that report, and what measures its model on held-out data."""
-    callbacks = [MetricsFile(output / METRICS_FILE), stop]
+    callbacks = [MetricsFile(output / METRICS_FILE), stop, SayProcesses()]
     held_out = held_out_of(job, data)
     if isinstance(held_out, HeldOut):
         callbacks.insert(0, held_out)
@@ -243,19 +286,29 @@ def save(
     after: Answers | Ranking | None,
     command: list[str],
 ) -> None:
-    """Write model, card, curves, samples and recipe; publish them if asked."""
-    # A call that counts as the user's would publish what is not complete yet
-    trainer.save_model(str(output), _internal_call=True)
+    """Write card, curves, samples and recipe, each whatever becomes of the others; publish all if asked."""
     if trainer.accelerator.is_main_process:
         source = shortened(job.arguments.dataset_name or job.arguments.task or "addition")
         title = f"{' + '.join(job.methods)} on {source}"
         signals = {m.name: m.signal for m in trainer.methods}
-        draw_curves(read_metrics(output / METRICS_FILE), signals, title, output / CURVES_FILE)
-        if isinstance(before, Answers):
-            write_samples(data.problems, before, after, output / SAMPLES_FILE)
-        described = describe(trainer) | describe_job(job, command, data.measure)
-        write_job_files(output, job, described, data.problems, before, after)
+        with reported(output / CURVES_FILE):
+            draw_curves(read_metrics(output / METRICS_FILE), signals, title, output / CURVES_FILE)
+        with reported(output / SAMPLES_FILE):
+            if isinstance(before, Answers):
+                write_samples(data.problems, before, after, output / SAMPLES_FILE)
+        with reported(output / RUN_FILE):
+            described = describe(trainer) | describe_job(job, command, data.measure)
+            write_job_files(output, job, described, data.problems, before, after)
         trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
     if job.training.push_to_hub:
         trainer.push_to_hub()
+
+
+@contextmanager
+def reported(file: Path) -> Iterator[None]:
+    """Tell of an error in writing a report instead of failing for it: the model is saved, and others may follow."""
+    try:
+        yield
+    except Exception as error:
+        tell(f"'{file}' could not be written, the model is saved: {paragraph(error)}")

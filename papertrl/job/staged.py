@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from ..core.secrets import redact_command
 from ..hub.runfile import read_json
 from ..trainers.checkpoints import last_complete_checkpoint
 from .arguments import Choice, Job, parse
-from .claim import decided_by_main, free_folder, resumed_from
+from .claim import decided_by_main, free_folder, own, resumed_from
 from .flags import without_flags
 from .heldout import Answers, Ranking
 from .run import run
@@ -65,8 +66,13 @@ def run_stages(choice: Choice, command: list[str]) -> FinishedStages:
     # All are read before the first one trains, so that a mistake in the last is found at once
     jobs = [parse(stage) for stage in choice.stages]
     check(jobs)
+    with ExitStack() as held:
+        return _run_stages(jobs, command, held)
+
+
+def _run_stages(jobs: list[Job], command: list[str], held: ExitStack) -> FinishedStages:
     state = PartialState()
-    root, rows = decided_by_main(state, lambda: claim(jobs))
+    root, rows = decided_by_main(state, lambda: claim(jobs, held))
     resumes = resumed_from(jobs[0]) is not None
     folders = [root / f"stage{i}_{job.trainer_class.family.plain}" for i, job in enumerate(jobs, start=1)]
     for i in range(max(0, len(rows) - 1), len(jobs)):
@@ -116,9 +122,9 @@ def check(jobs: list[Job]) -> None:
             )
 
 
-def claim(jobs: list[Job]) -> tuple[Path, list[Row]]:
+def claim(jobs: list[Job], held: ExitStack) -> tuple[Path, list[Row]]:
     """
-    Settle the folder of all stages, and what an earlier run has finished in it. For the main process.
+    Settle and own the folder of all stages, and what an earlier run has finished in it. For the main process.
 
     Raises:
         [`~papertrl.core.errors.JobError`]: if it holds another run, or there is nothing to resume.
@@ -131,12 +137,14 @@ def claim(jobs: list[Job]) -> tuple[Path, list[Row]]:
     if resumed_from(first):
         if not begun:
             raise JobError(f"`resume_from_checkpoint`: '{root}' holds no stage of an earlier run.")
+        own(root, held)
         return root, (read_json(record) or {"rows": []})["rows"]
     if begun and not first.arguments.overwrite_output_dir:
         raise JobError(
             f"`output_dir`: '{root}' already holds a run in stages. Go on with it by `--resume_from_checkpoint True`, "
             "replace it by `--overwrite_output_dir`, or choose another folder."
         )
+    own(root, held)
     for folder in root.glob("stage[0-9]*_*"):
         shutil.rmtree(folder)
     record.unlink(missing_ok=True)
@@ -199,7 +207,7 @@ def table(rows: list[Row]) -> str:
 
 def write(root: Path, rows: list[Row]) -> None:
     """Write what is finished, for people and for a resumed run."""
-    (root / TABLE_FILE).write_text("# Held-out prompts, answered greedily\n\n" + table(rows) + "\n")
+    (root / TABLE_FILE).write_text("# Held-out prompts, answered greedily\n\n" + table(rows) + "\n", encoding="utf-8")
     partial = root / f"{STAGES_FILE}.partial"
-    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    partial.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
     partial.replace(root / STAGES_FILE)

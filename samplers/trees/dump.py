@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tree", type=int, default=0, help="which tree of the file")
     parser.add_argument("--out", type=Path, help="PNG file to write (default: next to the dump)")
     args = parser.parse_args(argv)
-    trees = json.loads(args.dump.read_text())["trees"]
+    trees = json.loads(args.dump.read_text(encoding="utf-8"))["trees"]
     if not 0 <= args.tree < len(trees):
         parser.error(f"--tree must be in [0, {len(trees) - 1}], got {args.tree}")
     out = args.out or args.dump.with_suffix(".png")

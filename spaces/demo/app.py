@@ -408,7 +408,7 @@ def make_parser() -> argparse.ArgumentParser:
 def settings_of_space() -> dict[str, Any]:
     """Content of `space.json` beside this file: `model` (Hub id, or folder beside it), `base_model`, `run`."""
     path = HERE / SETTINGS_FILE
-    settings = json.loads(path.read_text()) if path.is_file() else {}
+    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if settings.get("model") and (HERE / settings["model"]).is_dir():
         settings["model"] = str(HERE / settings["model"])
     return settings

@@ -228,7 +228,7 @@ def _side(name: str, voice: Voice, tokenizer: PreTrainedTokenizerBase) -> Side:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -79,7 +79,7 @@ def read_report(folder: Path | None, run: dict[str, Any] | None = None) -> Repor
     """
     if folder is not None and (folder / "run.json").is_file():
         with contextlib.suppress(ValueError):
-            run = json.loads((folder / "run.json").read_text())
+            run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     run = run if isinstance(run, dict) else {}
     report = Report(
         methods=_methods(run),
@@ -164,7 +164,7 @@ def duration(seconds: float) -> str:
 
 def _curves(path: Path) -> dict[str, list[tuple[float, float]]]:
     curves: dict[str, list[tuple[float, float]]] = {}
-    for text in path.read_text(errors="replace").splitlines():
+    for text in path.read_text(errors="replace", encoding="utf-8").splitlines():
         try:
             line = _mapping(json.loads(text))
         except ValueError:

@@ -1,7 +1,9 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,24 +89,21 @@ def test_resume_gives_the_same_model_and_metrics(small_run, tmp_path):
     assert steps == [json.loads(line)["step"] for line in (small_run / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_processes(tmp_path):
-    code = "import sys; from papertrl.cli import main; sys.exit(main(sys.argv[1:]))"
-    script = tmp_path / "train.py"
-    script.write_text(code)
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--cpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ]
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", str(script)]
-    command += ["train", *SMALL, "--max_steps", "2", "--output_dir", "out"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=170)
+def test_two_processes_on_a_machine_without_utf8(tmp_path):
+    script = Path(__file__).parents[2] / "scripts" / "train.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "ascii"}
+    environment = os.environ | plain | {"MPLBACKEND": "nonsense", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(
+        [*command, *SMALL, "--max_steps", "2", "--output_dir", "out"],
+        capture_output=True,
+        text=True,
+        timeout=170,
+        env=environment,
+    )
     assert result.returncode == 0, result.stderr[-2000:]
+    assert result.stderr.count("Training in 2 processes on cpu") == 1
+    assert len(list((tmp_path / "out" / "checkpoint-2").glob("rng_state_*.pth"))) == 2
     assert result.stdout.count("Held-out accuracy (greedy, 8 prompts)") == 1
     steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert steps[:3] == [0, 1, 2]

@@ -349,7 +349,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         rank = f"_rank{self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
         Path(folder).mkdir(parents=True, exist_ok=True)
         content = {"step": step, "trees": [tree_as_dict(tree, self.tokenizer.decode) for tree in trees]}
-        (Path(folder) / f"step_{step:06}{rank}.json").write_text(json.dumps(content, indent=1))
+        (Path(folder) / f"step_{step:06}{rank}.json").write_text(json.dumps(content, indent=1), encoding="utf-8")
 
     # --- Spread -------------------------------------------------------------------------------------------------
 

@@ -56,7 +56,7 @@ class RoundFiles:
         pq.write_table(candidates_table(groups, iteration), partial / "candidates.parquet")
         if pairs is not None:
             pq.write_table(pairs.data.table, partial / "pairs.parquet")
-        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n")
+        (partial / PROVENANCE).write_text(json.dumps(provenance, indent=1) + "\n", encoding="utf-8")
         # Complete or not there at all, whenever the run is killed
         partial.rename(folder)
 
@@ -65,7 +65,7 @@ class RoundFiles:
         folder = self.folder(iteration)
         file = folder / "pairs.parquet"
         pairs = Dataset(pq.read_table(file)) if file.exists() else None
-        return pairs, json.loads((folder / PROVENANCE).read_text())
+        return pairs, json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
 
     def take_over(self, checkpoint: str | Path) -> None:
         """Copy the rounds of the run that a checkpoint is of, unless there are some here."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback
 
 from ....models.tokenization import template_options, tokenize_prompt
-from ...method import last_complete_checkpoint
+from ...checkpoints import last_complete_checkpoint
 from .candidates import Group, Pair, pairs_dataset
 from .files import RoundFiles, provenance_of
 from .reference import MovingReference
