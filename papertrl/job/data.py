@@ -81,7 +81,7 @@ def check_sizes(arguments: JobArguments) -> None:
         )
     if arguments.held_out_share:
         raise JobError(
-            f"`held_out_share` is for datasets, and a task draws its own held-out problems: leave it out, and "
+            "`held_out_share` is for datasets, and a task draws its own held-out problems: leave it out, and "
             "set their number with `--held_out_prompts`."
         )
 

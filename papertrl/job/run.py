@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
-from ..core.errors import Interrupted, JobError
+from ..core.errors import Interrupted
 from ..hub.files import CURVES_FILE, METRICS_FILE, SAMPLES_FILE
 from ..tasks import Task
 from ..trainers.description import describe

@@ -73,7 +73,7 @@ def held_out(dataset: Dataset, share: float) -> Splits:
     random.Random(SEED).shuffle(drawn)
     test: list[int] = []
     for group in drawn:
-        if len(test) + len(group) / 2 > share * len(dataset):
+        if len(test) + len(group) / 2 >= share * len(dataset):
             break
         test += group
     train = sorted(set(range(len(dataset))) - set(test))
