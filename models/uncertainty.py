@@ -19,10 +19,10 @@ class TokenizedPair(NamedTuple):
     rejected_ids: list[int]
 
 
-def copied_backbone(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
+def copied_backbone(policy: PreTrainedModel | PeftModel, trust_remote_code: bool = False) -> PreTrainedModel:
     """A copy of a causal LM in float32, without head and adapter, to make a classifier of."""
     policy = policy.get_base_model() if isinstance(policy, PeftModel) else policy
-    backbone = AutoModel.from_config(policy.config, dtype=torch.float32)
+    backbone = AutoModel.from_config(policy.config, dtype=torch.float32, trust_remote_code=trust_remote_code)
     # Adapters wrap the layers that they act on
     weights = policy.base_model.state_dict()
     backbone.load_state_dict({k.replace(".base_layer", ""): v for k, v in weights.items() if "lora_" not in k})
@@ -30,7 +30,7 @@ def copied_backbone(policy: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def loaded_backbone(
-    name: str, tokenizer: PreTrainedTokenizerBase
+    name: str, tokenizer: PreTrainedTokenizerBase, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, Callable[..., TokenizedPair]]:
     """
     Another model to make a classifier of, and how pairs are read with its vocabulary.
@@ -40,11 +40,13 @@ def loaded_backbone(
             Its id or folder.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
             That of the pairs.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code of the model's repository may run.
 
     Returns:
         The model in float32, and a function from the fields of a [`TokenizedPair`] to one with the model's tokens.
     """
-    its = AutoTokenizer.from_pretrained(name)
+    its = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     end = its.eos_token_id if its.eos_token_id is not None else its.sep_token_id
 
     def read(*pair: list[int]) -> TokenizedPair:
@@ -52,7 +54,7 @@ def loaded_backbone(
         prompt, chosen, rejected = its(texts, add_special_tokens=False)["input_ids"]
         return TokenizedPair(prompt, [*chosen, end], [*rejected, end])
 
-    return AutoModel.from_pretrained(name, dtype=torch.float32), read
+    return AutoModel.from_pretrained(name, dtype=torch.float32, trust_remote_code=trust_remote_code), read
 
 
 class PairClassifier(nn.Module):

@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..models.loading import whole_checkpoints
 from .matching import Completion, completion_text
 
 TEMPLATE = "[CONTEXT] {prompt} [RESPONSE A] {first} [RESPONSE B] {second} \n"
@@ -39,6 +40,8 @@ class PairwiseModel:
             models, or plain text.
         batch_size (`int`, *optional*, defaults to `16`):
             Comparisons per forward.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code of the model's repository may run.
 
     Raises:
         `ValueError`: if `labels` are not two different tokens of the vocabulary, or `template` lacks a field.
@@ -68,10 +71,15 @@ class PairwiseModel:
         labels: tuple[str, str] = LABELS,
         chat: bool = False,
         batch_size: int = 16,
+        trust_remote_code: bool = False,
     ):
         if tokenizer is None:
-            tokenizer = AutoTokenizer.from_pretrained(model if isinstance(model, str) else model.config._name_or_path)
-        self.model = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+            name = model if isinstance(model, str) else model.config._name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if isinstance(model, str):
+            with whole_checkpoints():
+                model = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+        self.model = model
         self.tokenizer = tokenizer
         self.template = checked_template(template)
         self.label_ids = label_ids(tokenizer, labels)

@@ -62,7 +62,7 @@ def load_reward(name: str, max_completion_length: int) -> Callable:
     return _import(name)
 
 
-def load_judge(name: str) -> Callable:
+def load_judge(name: str, trust_remote_code: bool = False) -> Callable:
     """
     Pairwise judge of the given name.
 
@@ -70,6 +70,8 @@ def load_judge(name: str) -> Callable:
         name (`str`):
             Folder or Hub id of a language model, for a [`~papertrl.rewards.pairwise.PairwiseModel`], or a dotted path
             `package.module.function`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code of the model's repository may run.
 
     Raises:
         `ValueError`: if there is no such function.
@@ -77,7 +79,7 @@ def load_judge(name: str) -> Callable:
     from .pairwise import PairwiseModel
 
     if os.path.isdir(name) or "/" in name:
-        return PairwiseModel(name)
+        return PairwiseModel(name, trust_remote_code=trust_remote_code)
     if "." not in name:
         raise ValueError(
             f"`--judge`: there is no folder '{name}', and it is neither a Hub id nor a dotted path `module.function`."

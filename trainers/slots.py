@@ -10,6 +10,8 @@ from transformers import set_seed
 from trl.trainer.utils import create_model_from_path
 
 from ..core.slots import Component, Components
+from ..models.loading import whole_checkpoints
+from .inputs import ChecksInputs
 from .user_stages import UserStage, check_user_stages
 
 # Functions of stages whose base calls components, with their hook
@@ -26,7 +28,7 @@ HOOKS = {
 }
 
 
-class FillsSlots:
+class FillsSlots(ChecksInputs):
     """
     Mixin of [`~papertrl.trainers.method.MethodTrainer`]: fills the slots, and calls them around TRL's steps.
 
@@ -74,6 +76,7 @@ class FillsSlots:
         for component in self.slots.of("data"):
             given["train_dataset"] = component.rows(given.get("train_dataset"))
         self.check_columns(given.get("train_dataset"), config)
+        self.check_rows(given)
         rewards = [reward for component in self.slots.of("reward") for reward in component.reward_funcs()]
         if rewards and not self.family.judged:
             raise ValueError(
@@ -97,7 +100,8 @@ class FillsSlots:
             kwargs["device_map"] = None
         kwargs.setdefault("trust_remote_code", args.trust_remote_code)
         set_seed(args.seed)
-        return create_model_from_path(name, cls.architecture, **kwargs)
+        with whole_checkpoints(new_head=not cls.family.generates):
+            return create_model_from_path(name, cls.architecture, **kwargs)
 
     def attach_slots(self) -> None:
         """Let the components see the finished trainer; the last call of a family base's constructor."""

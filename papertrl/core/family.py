@@ -26,6 +26,8 @@ class Family:
         columns (`tuple[tuple[str, ...], ...]`):
             Sets of columns of which a dataset must have one. Empty where formats are converted instead; see
             `dataset_formats` of the trainer.
+        row_check (`str`, *optional*):
+            Which of `papertrl.data.rows.CHECKS` its rows must pass. `None` where formats are converted and checked.
         judged (`bool` or `str`):
             Whether completions are sampled and judged in training, or the config field that says so.
         length_field (`str`, *optional*):
@@ -52,6 +54,7 @@ class Family:
     view: str | None = None
     online_view: str | None = None
     columns: tuple[tuple[str, ...], ...] = ()
+    row_check: str | None = None
     judged: bool | str = False
     length_field: str | None = None
     generates: bool = True
@@ -94,6 +97,7 @@ POLICY = Family(
     base="PolicyTrainer",
     parent="GRPOTrainer",
     columns=(("prompt",),),
+    row_check="prompts",
     judged=True,
     length_field="max_completion_length",
     embedded={
@@ -132,6 +136,7 @@ SUPERVISED = Family(
     parent="SFTTrainer",
     view="supervised",
     columns=(("text",), ("messages",), ("prompt", "completion"), ("input_ids",)),
+    row_check="texts",
     embedded={"learning_rate": 1e-3, "per_device_train_batch_size": 64, "max_steps": 400},
 )
 REWARD = Family(

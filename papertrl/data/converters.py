@@ -356,6 +356,73 @@ def as_text(dataset: AnyDataset) -> AnyDataset:
     return dataset.map(convert, with_indices=True)
 
 
+# --- Prompts of pairs -------------------------------------------------------------------------------------------
+
+# What a prompt is called where it is not called `prompt`
+_ASKED = {"question", "questions", "instruction", "instructions", "query", "input", "problem", "user", "user_prompt"}
+_ASKED |= {"prompts", "request", "user_input", "post", "context"}
+
+
+def check_prompt_is_read(dataset: AnyDataset) -> None:
+    """
+    Check that pairs without `prompt` hold their questions, where another column has them.
+
+    Raises:
+        `ValueError`: naming a column whose text the completions do not begin with, so that it would not be read.
+    """
+    columns = get_dataset_column_names(dataset)
+    asked = [name for name in columns if name.lower() in _ASKED]
+    if "prompt" in columns or not asked or not FORMATS["pairs"].fits(columns):
+        return
+    row = next(iter(dataset))
+    for name in asked:
+        question, chosen = row[name], row["chosen"]
+        if isinstance(question, str) and isinstance(chosen, str) and not chosen.startswith(question):
+            raise ValueError(
+                f"Column `{name}` would not be read: pairs take their question from `prompt`, and without one from "
+                f"what `chosen` and `rejected` begin with, which is not `{name}`. Is it the prompt? Rename it to "
+                "`prompt`; if not, drop it."
+            )
+
+
+def with_prompts_of_conversations(dataset: AnyDataset) -> AnyDataset:
+    """
+    The dataset; where prompts are text and completions messages, with prompts that are messages as well.
+
+    The conversations of a pair may begin with the prompt, which is split off then.
+
+    Raises:
+        `ValueError`: if they begin with another prompt than the column's.
+    """
+    names = [name for name in ("chosen", "rejected", "completion") if name in get_dataset_column_names(dataset)]
+    if not names or "prompt" not in get_dataset_column_names(dataset):
+        return dataset
+    first = next(iter(dataset), {})
+    if not isinstance(first.get("prompt"), str) or not isinstance(first.get(names[0]), list):
+        return dataset
+
+    def convert(row: dict[str, Any], number: int) -> dict[str, Any]:
+        asked = [{"role": "user", "content": row["prompt"]}]
+        found: dict[str, Any] = {"prompt": asked}
+        for name in names:
+            messages = row[name]
+            if not isinstance(row["prompt"], str) or not isinstance(messages, list):
+                raise refusal(number, name, "is of another form than in the first row, where the prompt is text")
+            place = max((i + 1 for i, m in enumerate(messages) if m.get("role") in ("user", "tool")), default=0)
+            users = [message_text(message) for message in messages[:place] if message["role"] == "user"]
+            if place and row["prompt"].strip() not in (users[0].strip(), users[-1].strip()):
+                raise refusal(
+                    number,
+                    "prompt",
+                    f"is text, and `{name}` a conversation that begins with another prompt. Drop the column `prompt` "
+                    "to take the conversations as they are",
+                )
+            found |= {"prompt": messages[:place] or asked, name: messages[place:]}
+        return found
+
+    return dataset.map(convert, with_indices=True)
+
+
 # --- What a job asks for ----------------------------------------------------------------------------------------
 
 CONVERTERS: dict[tuple[str, str], Callable[[AnyDataset], AnyDataset]] = {
@@ -375,9 +442,14 @@ def to_format(dataset: AnyDataset, formats: tuple[str, ...]) -> AnyDataset:
     """
     The dataset in the first of `formats` that it has, or else that it can be converted to, its rows checked.
 
+    Prompts that are text beside conversations become messages.
+
     Raises:
-        `ValueError`: if there is no way, or a row is malformed; see [`check_preference_rows`].
+        `ValueError`: if there is no way, a row is malformed (see [`check_preference_rows`]), or another column than
+            `prompt` seems to hold the prompts.
     """
+    check_prompt_is_read(dataset)
+    dataset = with_prompts_of_conversations(dataset)
     columns = get_dataset_column_names(dataset)
     for wanted in formats:
         if FORMATS[wanted].fits(columns):

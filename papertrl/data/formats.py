@@ -22,6 +22,7 @@ _FOLLOW = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
+ROLES = tuple(filter(None, _FOLLOW))
 
 
 class Malformed(Exception):
@@ -74,8 +75,7 @@ def _check_roles(messages: list, column: str, after: str | None) -> None:
     for message in messages:
         role = message.get("role") if isinstance(message, dict) else None
         if role is None or role not in _FOLLOW:
-            known = ", ".join(filter(None, _FOLLOW))
-            raise Malformed(column, f"has a message whose role is {role!r}, and none of {known}")
+            raise Malformed(column, f"has a message whose role is {role!r}, and none of {', '.join(ROLES)}")
         if role not in _FOLLOW[after]:
             raise Malformed(
                 column,
@@ -99,6 +99,12 @@ def _check_prompt(row: dict[str, Any]) -> str | list:
             "prompt", f"must end with a message of the user, but ends with one of the {prompt[-1]['role']}"
         )
     return prompt
+
+
+def _check_asked(row: dict[str, Any]) -> None:
+    prompt = _check_prompt(row)
+    if isinstance(prompt, str) and not prompt.strip():
+        raise Malformed("prompt", "is empty")
 
 
 def _check_completion(value: Any, column: str, prompt: str | list | None) -> None:
@@ -198,7 +204,7 @@ FORMATS = {
     "feedback": Format(("prompt", "rejected", "feedback"), _check_feedback),
     "unpaired": Format(("prompt", "completion", "label"), _check_unpaired),
     "conversations": Format(("messages",), _check_conversation),
-    "prompts": Format(("prompt",), lambda row: _check_prompt(row) and None),
+    "prompts": Format(("prompt",), _check_asked),
 }
 
 
@@ -247,7 +253,13 @@ def check_preference_rows(dataset: Dataset | IterableDataset, format: str | None
             empty, a completion is rejected and chosen, numbers are not finite, do not fit the completions or
             contradict the preference, text and messages are mixed, or roles stand in a wrong order.
     """
-    check = FORMATS[format or detect_format(dataset)].check
+    return check_each(dataset, FORMATS[format or detect_format(dataset)].check)
+
+
+def check_each(
+    dataset: Dataset | IterableDataset, check: Callable[[dict[str, Any]], None]
+) -> Dataset | IterableDataset:
+    """The dataset, every row of which `check` has seen or, of an `IterableDataset`, will see."""
     if isinstance(dataset, Dataset):
         for number, row in enumerate(dataset):
             _check_row(row, number, check)

@@ -1,5 +1,6 @@
 """The command line of a training job: which methods, then every flag of their config."""
 
+import argparse
 import importlib
 import json
 import os
@@ -53,6 +54,9 @@ class JobArguments:
     dataset_config: str | None = _flag(None, "Configuration of the Hub dataset.")
     dataset_train_split: str = _flag("train", "Split to train on.")
     dataset_test_split: str = _flag("test", "Split held out, used where the dataset has it.")
+    held_out_share: float = _flag(
+        0.0, "Share of the training rows to hold out, for a dataset that has no split for it; whole prompts at a time."
+    )
     dataset_streaming: bool = _flag(False, "Whether to stream the dataset.")
     reward_funcs: list[str] | None = field(
         default=None,
@@ -305,8 +309,22 @@ def make_parser(trainer_class: type) -> Any:
         if action.type is string_to_bool and action.nargs is None:
             action.nargs, action.const = "?", True
         if action.dest == "task_kwargs":
-            action.type = json.loads
+            action.type = json_object
     return parser
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """Settings that a flag holds as JSON."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        value = error
+    if not isinstance(value, dict):
+        why = f" ({value})" if isinstance(value, ValueError) else ""
+        raise argparse.ArgumentTypeError(
+            f"must be a JSON object with names in double quotes, such as '{{\"digits\": 3}}', got {text!r}{why}."
+        )
+    return value
 
 
 def parse(choice: Choice) -> Job:

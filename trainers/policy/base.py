@@ -124,6 +124,7 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
     def __init__(self, model, reward_funcs=None, args=None, *trl_args, stages=None, **trl_kwargs):
         given = self.trl_arguments(GRPOTrainer, model, reward_funcs, args, *trl_args, stages=stages, **trl_kwargs)
         args, train_dataset = given["args"], given.get("train_dataset")
+        given["reward_funcs"] = self.load_reward_models(given.get("reward_funcs"), args)
         drawing = self._drawing_prompts(args)
         if drawing and train_dataset is not None and not isinstance(train_dataset, Dataset):
             raise ValueError(
@@ -194,6 +195,10 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
 
     def choosing_itself(self) -> bool:
         return True
+
+    def rows_of_a_step(self) -> tuple[int, str]:
+        size, group = self.args.generation_batch_size, self.num_generations
+        return size // group, f"the prompts of `generation_batch_size` {size} with `num_generations` {group}"
 
     def keyed_generator(self, *key: int) -> torch.Generator:
         """CPU generator for this generation batch and `key`: the same on every rank, layout and after a resume."""

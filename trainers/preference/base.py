@@ -183,7 +183,12 @@ class PreferenceTrainer(PreferenceStages, OnlineStages, OpenedDPOTrainer):
                 raise ValueError("`online_iterations` > 0 does not support datasets with images. Set it to 0.")
             if reward_funcs is not None:
                 options = (args.online_reward_weights, reward_processing_classes, self.accelerator)
-                self.scorer = RewardScorer(reward_funcs, *options, args.online_batch_size)
+                self.scorer = RewardScorer(
+                    self.load_reward_models(reward_funcs, args),
+                    *options,
+                    args.online_batch_size,
+                    args.trust_remote_code,
+                )
             self.judge_func = judge
             self.online = OnlineLoop(self)
         if self.carried():
@@ -199,3 +204,7 @@ class PreferenceTrainer(PreferenceStages, OnlineStages, OpenedDPOTrainer):
 
     def choosing_itself(self) -> bool:
         return self.args.online_iterations > 0
+
+    def rows_of_a_step(self) -> tuple[int, str]:
+        # Rounds repeat prompts and pairs
+        return (1, "a round") if self.args.online_iterations > 0 else super().rows_of_a_step()

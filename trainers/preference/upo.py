@@ -333,9 +333,10 @@ class UpoDPOTrainer(PreferenceTrainer):
         with torch.random.fork_rng():
             torch.manual_seed(self.round_random("upo").getrandbits(48))
             if args.upo_estimator is None:
-                backbone, read = copied_backbone(self.accelerator.unwrap_model(self.model)), TokenizedPair
+                policy = self.accelerator.unwrap_model(self.model)
+                backbone, read = copied_backbone(policy, args.trust_remote_code), TokenizedPair
             else:
-                backbone, read = loaded_backbone(args.upo_estimator, self.tokenizer)
+                backbone, read = loaded_backbone(args.upo_estimator, self.tokenizer, args.trust_remote_code)
             classifier = PairClassifier(backbone.to(self.accelerator.device), args.upo_dropout)
             labeled, pairs = [read(*pair) for pair in labeled], [read(*pair) for pair in pairs]
             loss = fit(classifier, labeled, args.upo_estimator_epochs, args.upo_estimator_learning_rate, size)

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import apply_chat_template
 from trl.trainer.utils import get_callable_name, get_config_model_id
 
+from ....models.loading import reward_model
 from .candidates import Candidate, Completion, Group
 
 Judge = Callable[[list, list, list], list[float]]
@@ -36,6 +37,8 @@ class RewardScorer:
             Places the models.
         batch_size (`int`):
             Rows per forward of a model.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code of the models' repositories may run.
 
     Raises:
         `ValueError`: if there are not as many `weights` or `processing_classes` as functions, or a model cannot be
@@ -49,6 +52,7 @@ class RewardScorer:
         processing_classes: Any,
         accelerator: Accelerator,
         batch_size: int,
+        trust_remote_code: bool = False,
     ):
         funcs = list(reward_funcs) if isinstance(reward_funcs, list | tuple) else [reward_funcs]
         tokenizers = processing_classes if isinstance(processing_classes, list) else [processing_classes] * len(funcs)
@@ -61,10 +65,10 @@ class RewardScorer:
         self.score_by: list[Scorer] = []
         for func, tokenizer in zip(funcs, tokenizers, strict=True):
             if isinstance(func, str):
-                func = _load_reward_model(func)
+                func = reward_model(func, trust_remote_code)
             if isinstance(func, nn.Module):
                 name = get_config_model_id(func.config)
-                tokenizer = tokenizer or AutoTokenizer.from_pretrained(name)
+                tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
                 self.names.append(name.rstrip("/").split("/")[-1])
                 self.score_by.append(
                     self._model_scorer(accelerator.prepare_model(func, evaluation_mode=True), tokenizer)
@@ -122,15 +126,6 @@ class RewardScorer:
             candidate.rewards = dict(zip(self.names, given, strict=True))
             counted = [w * r for w, r in zip(self.weights, given, strict=True) if not math.isnan(r)]
             candidate.score = sum(counted) if counted else math.nan
-
-
-def _load_reward_model(name: str) -> nn.Module:
-    try:
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`reward_funcs`: reward model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
 
 
 def _function_scorer(func: Callable) -> Scorer:
