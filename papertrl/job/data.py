@@ -10,12 +10,12 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict,
 from ..core.errors import JobError
 from ..core.family import Family
 from ..data.converters import as_messages, to_format
+from ..rewards.calling import GIVEN_TO_REWARDS, NOT_GIVEN
 from ..tasks import Task, load_task
-from .arguments import JobArguments
+from .arguments import Job, JobArguments
 from .heldout import PAIRS_MEASURE
 
 FILE_FORMATS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 @dataclass
@@ -73,7 +73,7 @@ def task_data(
     data = JobData(
         family.rows(task, train, online),
         family.rows(task, test) if len(test) else None,
-        test if len(test) and family.generates else None,
+        distinct(test) if len(test) and family.generates else None,
         [task.reward],
         task.measure if family.generates else PAIRS_MEASURE,
         task.max_new_tokens,
@@ -127,6 +127,19 @@ def dataset_data(
     return JobData(train, test, problems, judges, "reward" if family.generates else PAIRS_MEASURE)
 
 
+def answer_length(job: Job, data: JobData) -> int:
+    """Longest answer to a held-out prompt, in tokens."""
+    family = job.trainer_class.family
+    sampled = family.completion_length(job.training)
+    return sampled if family.judged is True else data.max_new_tokens or sampled
+
+
+def distinct(problems: Dataset) -> Dataset:
+    """The problems without copies: means and their intervals take prompts as independent."""
+    first = {repr(prompt): i for i, prompt in reversed(list(enumerate(problems["prompt"])))}
+    return problems.select(sorted(first.values()))
+
+
 def preference_rows(
     name: str, split: str, dataset: Dataset | IterableDataset, formats: tuple[str, ...]
 ) -> Dataset | IterableDataset:
@@ -176,12 +189,21 @@ def check_reward_columns(judges: list[Callable], train: Dataset | IterableDatase
     """
     present = set(train.column_names or next(iter(train)))
     for judge in judges:
-        parameters = inspect.signature(judge).parameters.values()
+        try:
+            parameters = inspect.signature(judge).parameters.values()
+        except ValueError:
+            # Callables of C have none
+            continue
         required = [
             p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
         for column in required:
-            if column not in present | GIVEN_TO_REWARDS:
+            if column in NOT_GIVEN and column not in GIVEN_TO_REWARDS:
+                raise JobError(
+                    f"Reward '{judge.__name__}' asks for `{column}`, which none is given: as in TRL, `prompts` and "
+                    "`completions` hold all of them. Rename the parameter."
+                )
+            if column not in present | {*GIVEN_TO_REWARDS}:
                 raise JobError(
                     f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its "
                     f"columns are {sorted(present)}. Rename the column that has it, or choose other `--reward_funcs`."

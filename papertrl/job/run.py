@@ -20,7 +20,7 @@ from ..tasks import Task
 from ..trainers.description import describe
 from .arguments import Job
 from .claim import claim_output_dir, resumed_from
-from .data import JobData, check_reward_columns, dataset_data, task_data, task_of
+from .data import JobData, answer_length, check_reward_columns, dataset_data, task_data, task_of
 from .heldout import Answers, HeldOut, HeldOutPairs, Ranking
 from .interrupt import StopOnSignal
 from .judges import is_judged, judges_of, named_judges, pairs_online
@@ -167,9 +167,8 @@ def held_out_of(job: Job, data: JobData) -> HeldOut | HeldOutPairs | None:
     """What measures the model on held-out data, or `None` where there is none."""
     family = job.trainer_class.family
     if data.problems is not None:
-        sampled = family.completion_length(job.training)
-        length = sampled if family.judged is True else data.max_new_tokens or sampled
-        return HeldOut(data.problems, data.judges, data.measure, length, job.arguments.held_out_evaluations)
+        length, evaluations = answer_length(job, data), job.arguments.held_out_evaluations
+        return HeldOut(data.problems, data.judges, data.measure, length, evaluations)
     ranks = not family.generates and job.arguments.held_out_prompts and isinstance(data.eval, Dataset)
     return HeldOutPairs() if ranks else None
 
@@ -247,7 +246,7 @@ def save(
         draw_curves(read_metrics(output / METRICS_FILE), signals, title, output / CURVES_FILE)
         if isinstance(before, Answers):
             write_samples(data.problems, before, after, output / SAMPLES_FILE)
-        described = describe(trainer) | describe_job(job, command, data.measure)
+        described = describe(trainer) | describe_job(job, command, data)
         write_job_files(output, job, described, data.problems, before, after)
         trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()
