@@ -11,7 +11,7 @@ from ..models.tokenization import end_tokens, template_options, tokenize_prompt
 
 
 class AnswersPrompts:
-    """Mixin of all trainers: `answer`. A family that samples in training overrides it, to go the same way."""
+    """Mixin of trainers whose training does not sample answers, or in a way of its own: `answer`."""
 
     _tokenizer: PreTrainedTokenizerBase
 

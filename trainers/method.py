@@ -17,7 +17,6 @@ from ..core.family import Family
 from ..core.slots import Component, refuse_shared_slots
 from ..core.stages import Link, Staged, is_off, remedy, ways_off
 from ..core.state import load_state, save_state
-from .answering import AnswersPrompts
 from .checkpoints import check_checkpoint, last_complete_checkpoint
 from .description import create_card
 from .publishing import create_trainer_repo, publish_checkpoint, publish_trainer
@@ -26,7 +25,7 @@ from .slots import FillsSlots
 logger = get_logger(__name__)
 
 
-class MethodTrainer(FillsSlots, AnswersPrompts, Staged):
+class MethodTrainer(FillsSlots, Staged):
     """
     Mixin of the family bases: adopts the config, combines methods, fills slots, saves and restores state, logs.
 

@@ -73,7 +73,7 @@ def task_data(
     data = JobData(
         family.rows(task, train, online),
         family.rows(task, test) if len(test) else None,
-        distinct(test) if len(test) and family.generates else None,
+        test if len(test) and family.generates else None,
         [task.reward],
         task.measure if family.generates else PAIRS_MEASURE,
         task.max_new_tokens,
@@ -132,12 +132,6 @@ def answer_length(job: Job, data: JobData) -> int:
     family = job.trainer_class.family
     sampled = family.completion_length(job.training)
     return sampled if family.judged is True else data.max_new_tokens or sampled
-
-
-def distinct(problems: Dataset) -> Dataset:
-    """The problems without copies: means and their intervals take prompts as independent."""
-    first = {repr(prompt): i for i, prompt in reversed(list(enumerate(problems["prompt"])))}
-    return problems.select(sorted(first.values()))
 
 
 def preference_rows(

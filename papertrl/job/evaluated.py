@@ -19,7 +19,7 @@ from ..rewards import checked, load_reward
 from ..rewards.checked import reward_name
 from ..tasks import load_task
 from .arguments import JobArguments
-from .data import check_reward_columns, distinct, load_splits, preference_rows
+from .data import check_reward_columns, load_splits, preference_rows
 
 # Prompts where no run says how many
 NUM_PROMPTS = 256
@@ -99,12 +99,19 @@ def _of_task(args: argparse.Namespace, run: dict[str, Any]) -> Evaluated:
     own = its_own and bool(data.get("held_out_prompts")) and args.num_prompts is None and args.data_seed is None
     if own:
         seed = run["seed"]
+        # Copies among them count as often as they did
         _, problems = task.splits(data["task_size"], data["held_out_prompts"], seed)
     else:
         seed = args.data_seed or 0
-        problems = task.generate(args.num_prompts or NUM_PROMPTS, seed, "test")
+        problems = _distinct(task.generate(args.num_prompts or NUM_PROMPTS, seed, "test"))
     judges = named_rewards(args.reward_funcs, args.max_new_tokens) or {task.measure: checked(task.reward)}
-    return Evaluated(distinct(problems), judges, {"name": name, "kwargs": kwargs, "seed": seed}, own)
+    return Evaluated(problems, judges, {"name": name, "kwargs": kwargs, "seed": seed}, own)
+
+
+def _distinct(problems: Dataset) -> Dataset:
+    # The bootstrap takes prompts as independent, which copies are not
+    first = {prompt: i for i, prompt in reversed(list(enumerate(problems["prompt"])))}
+    return problems.select(sorted(first.values()))
 
 
 def _of_dataset(args: argparse.Namespace, run: dict[str, Any]) -> Evaluated:

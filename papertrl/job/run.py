@@ -79,13 +79,23 @@ def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
     trainer, held_out = make_trainer(job, data, judges, model_path, tokenizer, output, stop)
     before = held_out and held_out.look()
     if before and state.is_main_process and not job.training.resume_from_checkpoint:
-        MetricsFile(output / METRICS_FILE).write({"step": 0, f"held_out/{data.measure}": before.mean})
+        add_measured(output / METRICS_FILE, 0, data.measure, before.mean)
     trainer.train(resume_from_checkpoint=resumed_from(job))
     if stop.received:
         raise Interrupted(stop.received, _how_to_resume(stop.received, trainer.state.global_step, output, command))
     after = held_out and held_out.look()
+    if after and state.is_main_process:
+        add_measured(output / METRICS_FILE, trainer.state.global_step, data.measure, after.mean)
     save(trainer, job, data, output, before, after, command)
     return Finished(output, data.measure, before, after)
+
+
+def add_measured(file: Path, step: int, measure: str, value: float) -> None:
+    """Add what was measured on held-out data to the metrics, unless it was measured at this step during training."""
+    key = f"held_out/{measure}"
+    lines = read_metrics(file) if file.exists() else []
+    if not any(line["step"] == step and key in line for line in lines):
+        MetricsFile(file).write({"step": step, key: value})
 
 
 def limit_threads(state: PartialState, tiny: bool) -> None:
