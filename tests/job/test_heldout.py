@@ -37,14 +37,17 @@ def look(trainer, judges, rows=ROWS, tokens=6):
 def test_answers_end_where_training_does_whoever_trains(trainer_class, policy_path, tmp_path):
     family = trainer_class.family
     args = trainer_class.config_class(**settings(family, tmp_path))
-    trainer = build(trainer_class, family, policy_path, args)
+    path = tmp_path / "model"
+    shutil.copytree(policy_path, path)
+    loaded = load_model(str(path))
+    # What this model writes, beside the end of the tokenizer, which the config leaves out
+    loaded.model.generation_config.eos_token_id = loaded.tokenizer.convert_tokens_to_ids(["=", "7"])
+    loaded.model.generation_config.save_pretrained(path)
+    trainer = build(trainer_class, family, str(path), args)
     trainer.model.eval()
     answers = trainer.answer(ROWS, 12)
-    ends = set(load_model(policy_path).model.generation_config.eos_token_id)
-    # Several end tokens of the model, none of them in between
-    assert len({ids[-1] for ids in answers} & ends) > 0 and trainer.processing_class.eos_token_id in ends
-    assert all(not ends & set(ids[:-1]) and (ids[-1] in ends or len(ids) == 12) for ids in answers)
-    loaded = load_model(policy_path)
+    ends = {*loaded.model.generation_config.eos_token_id, loaded.tokenizer.eos_token_id}
+    assert all(ids[-1] in ends and not ends & set(ids[:-1]) for ids in answers)
     evaluated = complete(loaded, loaded.tokenizer([row["prompt"] for row in ROWS])["input_ids"], 1, 12, 0.0, 1.0, 0)
     assert [ids for (ids,) in evaluated] == answers
 
@@ -64,7 +67,7 @@ def test_policy_answers_follow_training_but_for_the_draw(policy_path, tmp_path):
         asked = None
 
         def logits_processors(self):
-            return super().logits_processors() + [Only()]
+            return [*super().logits_processors(), Only()]
 
         def _generate_single_turn(self, prompt_ids, *args, **kwargs):
             self.asked = (prompt_ids, self.generation_config.do_sample, self.generation_config.repetition_penalty)
@@ -74,13 +77,12 @@ def test_policy_answers_follow_training_but_for_the_draw(policy_path, tmp_path):
     trainer = policy(str(path), tmp_path / "run", trainer_class=Restricted, **options)
     messages = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in ROWS]
     drawn = torch.get_rng_state()
-    answers = look(
-        trainer, [lambda completions, **kwargs: [float(c[0]["content"] == "x") for c in completions]], messages
-    )
+    answers = look(trainer, [lambda completions, **kwargs: [float(len(c)) for c in completions]], messages)
+    assert answers.mean == 1.0
     assert trainer.asked == ([tokenizer("9" + row["prompt"] + "=")["input_ids"] for row in ROWS], False, 1.3)
     assert {trainer.processing_class.convert_tokens_to_ids(c) for text in answers.texts for c in text} <= {7, 9}
     # Looking leaves no trace
-    assert torch.equal(torch.get_rng_state(), drawn) and trainer.model.training and trainer._sampled_tokens == 0
+    assert torch.equal(torch.get_rng_state(), drawn) and trainer._sampled_tokens == 0
     assert trainer.generation_config.do_sample and trainer.generation_config.min_p == 0.2
 
 
