@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.data_utils import common_prefix_length
 from trl.trainer.utils import pad
 
@@ -21,6 +21,13 @@ def tokenize_prompt(
 ) -> list[int]:
     """Tokens of text, or of messages with the beginning of an answer."""
     return _tokenize(tokenizer, prompt, add_generation_prompt=True, **options)
+
+
+def end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> list[int]:
+    """Tokens that end a completion, as in TRL: the tokenizer's, and all that the model's generation config names."""
+    ids = generation_config.eos_token_id
+    ids = ids if isinstance(ids, list) else [ids]
+    return [i for i in dict.fromkeys([tokenizer.eos_token_id, *ids]) if i is not None]
 
 
 def tokenize_completions(

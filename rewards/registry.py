@@ -99,4 +99,6 @@ def _import(path: str, flag: str = "--reward_funcs") -> Callable:
         ) from error
     if not callable(function):
         raise ValueError(f"`{flag}`: '{path}' is a {type(function).__name__}, not a function.")
+    if isinstance(function, type):
+        raise ValueError(f"`{flag}`: '{path}' is a class. Make an instance in the module, and give its name.")
     return function

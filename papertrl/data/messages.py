@@ -26,3 +26,8 @@ def last_text(messages: Messages, role: str) -> str:
         if message["role"] == role:
             return message_text(message)
     raise ValueError(f"There is no message of the {role}, only of {[message['role'] for message in messages]}.")
+
+
+def as_completion(prompt: str | Messages, text: str) -> str | Messages:
+    """A completion of the prompt's kind: text, or a message of the assistant."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

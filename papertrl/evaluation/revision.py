@@ -3,6 +3,8 @@
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from ..data.messages import as_completion
+from ..models.tokenization import tokenize_prompt
 from .models import Loaded
 from .sampling import complete
 
@@ -102,8 +104,9 @@ def revise(
             revision_prompt(prompt, answers[-1], template, request) if answers else prompt
             for prompt, answers in zip(prompts, histories, strict=True)
         ]
-        completions = complete(loaded, asked, 1, max_new_tokens, temperature, 1.0, seed + k, batch_size)
+        prompt_ids = [tokenize_prompt(tokenizer, prompt, {}) for prompt in asked]
+        completions = complete(loaded, prompt_ids, 1, max_new_tokens, temperature, 1.0, seed + k, batch_size)
         texts = tokenizer.batch_decode([ids for (ids,) in completions], skip_special_tokens=True)
         for prompt, answers, text in zip(prompts, histories, texts, strict=True):
-            answers.append(text if isinstance(prompt, str) else [{"role": "assistant", "content": text}])
+            answers.append(as_completion(prompt, text))
     return histories

@@ -1,20 +1,23 @@
 """Completions and their log-probabilities, in batches that fit the memory."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
-from trl import apply_chat_template
 from trl.trainer.utils import selective_log_softmax
 
 from ..core.errors import JobError
+from ..models.tokenization import end_tokens
 from ..samplers.decoding.rollout import sample_rollouts, supported
 from .models import Loaded
 
+# Neutral values of what decides how a token is drawn
+GREEDY = {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": None}
 # Rows of the first batch where the size is chosen automatically; it is halved until it fits
 FIRST_BATCH_SIZE = 256
 # Logits of one batch that are scored at a time, about 1 GB: the system kills a process that takes all memory, without
@@ -77,16 +80,62 @@ def out_of_memory(error: BaseException) -> bool:
     )
 
 
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompts: list[Any]) -> list[list[int]]:
-    """Token ids of prompts: text, or messages, which get the chat template."""
-    plain = isinstance(prompts[0], str)
-    texts = prompts if plain else [apply_chat_template({"prompt": p}, tokenizer)["prompt"] for p in prompts]
-    return tokenizer(texts, add_special_tokens=plain)["input_ids"]
+def answer_config(
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> GenerationConfig:
+    """
+    How answers are generated: as [`~trl.GRPOTrainer`] samples, but greedily unless a temperature is given.
+
+    Args:
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Tokenizer.
+        ends (`list[int]`):
+            Tokens that end an answer, see [`~papertrl.models.tokenization.end_tokens`].
+        max_new_tokens (`int`):
+            Longest answer.
+        temperature (`float`, *optional*, defaults to `0.0`), top_p (`float`, *optional*, defaults to `1.0`):
+            Sampling; temperature 0 decodes greedily.
+        options (`Mapping[str, Any]`, *optional*):
+            Further options of generation, such as `stop_strings`.
+    """
+    draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else GREEDY
+    return GenerationConfig(
+        **{
+            "max_new_tokens": max_new_tokens,
+            "pad_token_id": tokenizer.pad_token_id,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": ends,
+            # TRL's, whatever the model's own generation config says
+            "repetition_penalty": 1.0,
+            **options,
+            **draws,
+        },
+        disable_compile=True,
+    )
+
+
+def answer_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    Options of generation that a trainer's config sets for sampling in training, without those that say how to draw.
+
+    Args:
+        config (`Mapping[str, Any]`):
+            Fields of the config by name, or those of them that `run.json` keeps.
+    """
+    given = config.get("generation_kwargs") or {}
+    if config.get("repetition_penalty") is not None:
+        given = {"repetition_penalty": config["repetition_penalty"], **given}
+    return {name: value for name, value in given.items() if name not in (*GREEDY, "max_new_tokens")}
 
 
 def complete(
     loaded: Loaded,
-    prompts: list[Any],
+    prompt_ids: list[list[int]],
     samples: int,
     max_new_tokens: int,
     temperature: float,
@@ -94,6 +143,7 @@ def complete(
     seed: int,
     batch_size: int | None = None,
     bar: tqdm | None = None,
+    options: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[list[list[int]]]:
     """
     Complete prompts.
@@ -104,8 +154,8 @@ def complete(
     Args:
         loaded ([`Loaded`]):
             Model.
-        prompts (`list`):
-            Text or messages.
+        prompt_ids (`list[list[int]]`):
+            Tokens of the prompts.
         samples (`int`):
             Completions per prompt.
         max_new_tokens (`int`):
@@ -116,45 +166,49 @@ def complete(
             Seed of the sampling.
         batch_size (`int`, *optional*), bar (`tqdm`, *optional*):
             As in [`in_batches`], in completions.
+        options (`Mapping[str, Any]`, *optional*):
+            As in [`answer_config`].
 
     Returns:
         `list[list[list[int]]]`: token ids of each prompt's completions, the end-of-sequence token included.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
-    ends = model.generation_config.eos_token_id
-    draws = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    if temperature > 0:
-        draws = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id if ends is None else ends,
-        **draws,
-    )
-    own = supported(model, config) is None
+    ends = end_tokens(tokenizer, model.generation_config)
+    config = answer_config(tokenizer, ends, max_new_tokens, temperature, top_p, options)
     set_seed(seed)
-
-    def call(batch: list[list[int]]) -> list[list[int]]:
-        if own:
-            # Rows of one prompt stand together and share its prefill
-            groups = [(ids, len(list(same))) for ids, same in groupby(batch)]
-            prompt_ids, counts = map(list, zip(*groups, strict=True))
-            return sample_rollouts(model, prompt_ids, counts, config, tokenizer=tokenizer).completion_ids
-        return _generate(model, batch, config)
-
-    rows = [ids for ids in prompt_tokens(tokenizer, prompts) for _ in range(samples)]
-    flat = in_batches(rows, call, batch_size, bar)
+    rows = [ids for ids in prompt_ids for _ in range(samples)]
+    flat = in_batches(rows, lambda batch: generate(model, tokenizer, batch, config), batch_size, bar)
     return [flat[i : i + samples] for i in range(0, len(flat), samples)]
 
 
 @torch.no_grad()
-def _generate(model: Any, batch: list[list[int]], config: GenerationConfig) -> list[list[int]]:
-    width = max(map(len, batch))
-    ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in batch], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in output]
+def generate(
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]], config: GenerationConfig
+) -> list[list[int]]:
+    """
+    One completion of each prompt, the end-of-sequence token included.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`] or [`~peft.PeftModel`]):
+            Unwrapped model, ready to generate.
+        tokenizer ([`~transformers.PreTrainedTokenizerBase`]):
+            Its tokenizer.
+        prompt_ids (`list[list[int]]`):
+            Tokens of the prompts. Equal ones that stand together share their prefill.
+        config ([`~transformers.GenerationConfig`]):
+            From [`answer_config`].
+    """
+    if supported(model, config) is None:
+        groups = [(ids, len(list(same))) for ids, same in groupby(prompt_ids)]
+        return sample_rollouts(
+            model, *map(list, zip(*groups, strict=True)), config, tokenizer=tokenizer
+        ).completion_ids
+    width = max(map(len, prompt_ids))
+    ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in prompt_ids], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=model.device)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+    rows, ends = output[:, width:].tolist(), config.eos_token_id
+    return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
 
 
 @torch.no_grad()

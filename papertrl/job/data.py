@@ -10,14 +10,14 @@ from ..core.errors import JobError
 from ..core.family import Family
 from ..data.converters import as_messages, to_format
 from ..data.rows import CHECKS
+from ..rewards.calling import GIVEN_TO_REWARDS, NOT_GIVEN
 from ..tasks import Task, load_task
-from .arguments import JobArguments
+from .arguments import Job, JobArguments
 from .heldout import PAIRS_MEASURE
 from .splits import chosen_splits
 
 # Of a task; all are held in memory
 MOST_PROBLEMS = 1_000_000
-GIVEN_TO_REWARDS = {"prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 
 
 @dataclass
@@ -152,6 +152,13 @@ def dataset_data(
     return JobData(train, test, problems, judges, "reward" if family.generates else PAIRS_MEASURE)
 
 
+def answer_length(job: Job, data: JobData) -> int:
+    """Longest answer to a held-out prompt, in tokens."""
+    family = job.trainer_class.family
+    sampled = family.completion_length(job.training)
+    return sampled if family.judged is True else data.max_new_tokens or sampled
+
+
 def preference_rows(
     name: str, split: str, dataset: Dataset | IterableDataset, formats: tuple[str, ...]
 ) -> Dataset | IterableDataset:
@@ -217,12 +224,21 @@ def check_reward_columns(judges: list[Callable], train: Dataset | IterableDatase
     """
     present = set(train.column_names or next(iter(train)))
     for judge in judges:
-        parameters = inspect.signature(judge).parameters.values()
+        try:
+            parameters = inspect.signature(judge).parameters.values()
+        except ValueError:
+            # Callables of C have none
+            continue
         required = [
             p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)
         ]
         for column in required:
-            if column not in present | GIVEN_TO_REWARDS:
+            if column in NOT_GIVEN and column not in GIVEN_TO_REWARDS:
+                raise JobError(
+                    f"Reward '{judge.__name__}' asks for `{column}`, which none is given: as in TRL, `prompts` and "
+                    "`completions` hold all of them. Rename the parameter."
+                )
+            if column not in present | {*GIVEN_TO_REWARDS}:
                 raise JobError(
                     f"Reward '{judge.__name__}' reads the dataset column `{column}`, which '{name}' lacks; its "
                     f"columns are {sorted(present)}. Rename the column that has it, or choose other `--reward_funcs`."

@@ -16,7 +16,8 @@ from .claim import RUN_FILES, decided_by_main, free_folder
 from .data import JobData, task_of
 from .interrupt import StopOnSignal
 from .judges import is_judged, judges_of, named_judges
-from .run import limit_threads, make_data, make_trainer, start_model
+from .models import start_model
+from .run import limit_threads, make_data, make_trainer
 
 # Rows that are shown, and rows whose tokens are counted
 SHOWN_ROWS, COUNTED_ROWS = 3, 1000
@@ -105,8 +106,8 @@ def _plan(
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
     lines = {
         "methods": f"{', '.join(job.methods)} ({job.trainer_class.__name__})",
-        "model": f"{job.model.model_name_or_path or 'the embedded tiny model'}, {all_weights:,} weights, {trained:,} of "
-        f"them trained, {args.device}" + (f"; context of {context} tokens" if context else ""),
+        "model": f"{job.model.model_name_or_path or 'the embedded tiny model'}, {all_weights:,} weights, {trained:,} "
+        f"of them trained, {args.device}" + (f"; context of {context} tokens" if context else ""),
         "data": f"{rows} of {job.arguments.dataset_name or job.arguments.task or 'addition'}, "
         + (f"{len(held_out)} held out" if isinstance(held_out, Dataset) else "none held out"),
         "tokens": _tokens(data.train, tokenizer),

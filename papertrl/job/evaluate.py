@@ -3,11 +3,9 @@
 import argparse
 import difflib
 import hashlib
-import inspect
 import json
 import math
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +16,20 @@ from ..core.errors import JobError, UsageError
 from ..core.lock import refuse_if_owned
 from ..core.parsing import CommandParser
 from ..data import as_messages
+from ..data.messages import as_completion
 from ..evaluation.measure import Answered, measures, table
 from ..evaluation.models import Loaded, base_of, load_model, short_names
 from ..evaluation.report import draw, markdown
-from ..evaluation.sampling import complete, completion_logps, prompt_tokens
-from ..hub.files import EVALUATION_COMPLETIONS, EVALUATION_FILE, EVALUATION_PLOT, EVALUATION_REPORT, RUN_FILE
-from ..hub.runfile import read_json
+from ..evaluation.sampling import complete, completion_logps
+from ..hub.files import EVALUATION_COMPLETIONS, EVALUATION_FILE, EVALUATION_PLOT, EVALUATION_REPORT
 from ..hub.scrubbing import scrub
 from ..metrics import METRICS
-from ..rewards import checked, load_reward
-from ..rewards.checked import reward_name
-from ..tasks import load_task
-from .arguments import JobArguments
-from .data import check_reward_columns
-from .splits import load_splits
+from ..models.tokenization import template_options, tokenize_prompt
+from ..rewards import call_rewards
+from .evaluated import Evaluated, make_evaluated, run_of
 
 NEEDS_REFERENCES = ("exact_match", "bleu")
 NEEDS_SAMPLES = ("pass_at_k", "mean_at_k")
-# What trainers give to reward functions beside the dataset's columns
-NOT_TRAINING = {"trainer_state": None, "log_extra": lambda *args: None, "log_metric": lambda *args: None}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -48,20 +41,32 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("models", nargs="+", metavar="MODEL", help="run folder, model, adapter, Hub id or `smollm2`")
     data = parser.add_argument_group("data")
-    data.add_argument("--task", help="procedural task (default: that of the run, else `addition`)")
+    data.add_argument("--task", help="procedural task (default: that of the run; of a model, `addition`)")
     data.add_argument("--task_kwargs", type=_json, help="settings of the task as JSON")
-    data.add_argument("--dataset_name", help="dataset instead of a task: Hub id, folder or file")
+    data.add_argument(
+        "--dataset_name", help="dataset instead of a task: Hub id, folder or file (default: that of the run)"
+    )
     data.add_argument("--dataset_config", help="configuration of the Hub dataset")
-    data.add_argument("--dataset_split", help="split of the dataset (default: `test`, of a single file its rows)")
-    data.add_argument("--num_prompts", type=int, default=256, help="prompts, the first ones of a dataset")
-    data.add_argument("--data_seed", type=int, default=0, help="seed of a task's held-out problems")
-    data.add_argument("--reward_funcs", nargs="+", help="rewards by name or dotted path (default: task's verifier)")
+    data.add_argument(
+        "--dataset_split", help="split of the dataset (default: that which the run held out, else `test`)"
+    )
+    data.add_argument(
+        "--num_prompts", type=int, help="prompts, the first ones of a dataset (default: those of the run, else 256)"
+    )
+    data.add_argument("--data_seed", type=int, help="seed of a task's problems (default: those of the run, else 0)")
+    data.add_argument(
+        "--reward_funcs",
+        nargs="+",
+        help="rewards by name or dotted path (default: the task's verifier, or the rewards of the run)",
+    )
     decoding = parser.add_argument_group("decoding")
     decoding.add_argument("--num_samples", type=int, default=1, help="completions per prompt and seed")
     decoding.add_argument("--temperature", type=float, help="0 for greedy, the default for one sample; else 1")
     decoding.add_argument("--top_p", type=float, default=1.0)
     decoding.add_argument("--seeds", type=int, nargs="+", default=[0], help="seeds of the sampling")
-    decoding.add_argument("--max_new_tokens", type=int, help="longest completion (default: the task's, else 256)")
+    decoding.add_argument(
+        "--max_new_tokens", type=int, help="longest completion (default: the run's or the task's, else 256)"
+    )
     decoding.add_argument("--batch_size", type=int, help="completions at a time (default: as many as memory allows)")
     measured = parser.add_argument_group("metrics")
     measured.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)} (default: all that apply)")
@@ -97,12 +102,13 @@ def main(argv: list[str]) -> int:
     for name in args.models:
         refuse_if_owned(Path(name), "Evaluate when it has ended, or a folder `checkpoint-*` in it.")
     settle(args)
-    problems, judges, source = make_problems(args)
+    evaluated = make_evaluated(args)
+    problems = evaluated.problems
     chosen = choose_metrics(args, problems)
     output = output_dir(args)
     names = short_names(args.models)
     bases = {name: (args.base_model or base_of(name)) if "kl_to_base" in chosen else None for name in args.models}
-    answers = {name: answer(args, name, bases[name], problems, judges, output) for name in args.models}
+    answers = {name: answer(args, name, bases[name], evaluated, output) for name in args.models}
     references = list(map(str, problems["answer"])) if "answer" in problems.column_names else None
     first = answers[args.models[0]]
     statistics = {
@@ -112,15 +118,28 @@ def main(argv: list[str]) -> int:
     result = {
         "format": 1,
         **table(statistics, len(problems), seed=0),
-        "dataset": source | {"prompts": len(problems)},
+        "dataset": evaluated.source | {"prompts": len(problems)},
         "settings": settings(args),
         "bases": {names[name]: scrub(base) for name, base in bases.items() if base is not None},
         "command": shlex.join(["papertrl", "evaluate", *map(scrub, argv)]),
     }
     write(result, output)
     print(markdown(result))
+    if evaluated.own and args.temperature == 0:
+        tell_of_run(run_of(args.models))
     print(f"Written: {output / EVALUATION_FILE}, {EVALUATION_REPORT}, {EVALUATION_PLOT}, {EVALUATION_COMPLETIONS}/")
     return 0
+
+
+def tell_of_run(run: dict[str, Any]) -> None:
+    """Print what a run itself measured of its model on the prompts at hand, and why it may differ."""
+    scores = run.get("scores")
+    if scores:
+        print(
+            f"The run measured {scores['measure']} {scores['after']:.3f} on these prompts ({scores['how']}). It "
+            "generated in training's precision and batches, and here the saved weights do so in their own: rounding "
+            "can decide between two tokens that are almost equally likely.\n"
+        )
 
 
 def settle(args: argparse.Namespace) -> None:
@@ -160,74 +179,6 @@ def settle(args: argparse.Namespace) -> None:
         raise UsageError(
             f"`--k` must be in [1, {total}], the samples of a prompt (`--num_samples` times seeds), got {args.k}."
         )
-
-
-def make_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable], dict[str, Any]]:
-    """Held-out prompts, reward functions by the name of what they measure, and what the result says of the data."""
-    if args.dataset_name is not None and args.task is not None:
-        raise UsageError(f"Both `--task` '{args.task}' and `--dataset_name` '{args.dataset_name}' are set; drop one.")
-    return _task_problems(args) if args.dataset_name is None else _dataset_problems(args)
-
-
-def _task_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable], dict[str, Any]]:
-    runs = [read_json(Path(name) / RUN_FILE) or {} for name in args.models]
-    trained_on = next((run["task"] for run in runs if run.get("task")), {})
-    name = args.task or trained_on.get("name") or "addition"
-    kwargs = args.task_kwargs or (trained_on.get("kwargs", {}) if name == trained_on.get("name") else {})
-    task = load_task(name, **kwargs)
-    problems = task.generate(args.num_prompts, args.data_seed, "test")
-    # The bootstrap takes prompts as independent, which copies are not
-    first = {prompt: i for i, prompt in reversed(list(enumerate(problems["prompt"])))}
-    problems = problems.select(sorted(first.values()))
-    args.max_new_tokens = args.max_new_tokens or task.max_new_tokens
-    judges = named_rewards(args) or {task.measure: checked(task.reward)}
-    return problems, judges, {"name": name, "kwargs": kwargs, "seed": args.data_seed}
-
-
-def _dataset_problems(args: argparse.Namespace) -> tuple[Dataset, dict[str, Callable], dict[str, Any]]:
-    args.max_new_tokens = args.max_new_tokens or 256
-    splits = load_splits(JobArguments(dataset_name=args.dataset_name, dataset_config=args.dataset_config))
-    split = args.dataset_split or ("test" if "test" in splits else next(iter(splits)))
-    if split not in splits:
-        raise UsageError(f"Dataset '{args.dataset_name}' has no split '{split}'; it has {sorted(splits)}.")
-    rows = splits[split]
-    if len(rows) == 0:
-        raise JobError(f"Dataset '{args.dataset_name}' is empty: its split '{split}' has no rows.")
-    if "prompt" not in rows.column_names:
-        raise JobError(
-            f"Dataset '{args.dataset_name}' lacks the column `prompt`; its columns are {sorted(rows.column_names)}. "
-            "Rename the column that holds it."
-        )
-    named = named_rewards(args)
-    if not named:
-        if "answer" not in rows.column_names:
-            raise JobError(
-                f"Dataset '{args.dataset_name}' has no column `answer` to compare with; its columns are "
-                f"{sorted(rows.column_names)}. Rename the column that has it, or set `--reward_funcs`."
-            )
-        named = {"exact_match": checked(load_reward("exact_match", args.max_new_tokens))}
-    check_reward_columns(list(named.values()), rows, args.dataset_name)
-    return (
-        rows.select(range(min(len(rows), args.num_prompts))),
-        named,
-        {"id": scrub(args.dataset_name), "split": split},
-    )
-
-
-def named_rewards(args: argparse.Namespace) -> dict[str, Callable]:
-    """
-    Reward functions of the command line, by name.
-
-    Raises:
-        [`~papertrl.core.errors.UsageError`]: if one is asynchronous.
-    """
-    named = {}
-    for name in args.reward_funcs or []:
-        function = load_reward(name, args.max_new_tokens)
-        if inspect.iscoroutinefunction(function):
-            raise UsageError(f"`--reward_funcs`: '{name}' is asynchronous, which only training supports.")
-        named[reward_name(function)] = checked(function)
-    return named
 
 
 def choose_metrics(args: argparse.Namespace, problems: Dataset) -> list[str]:
@@ -276,77 +227,81 @@ def answer(
     args: argparse.Namespace,
     name: str,
     base: str | None,
-    problems: Dataset,
-    judges: dict[str, Callable],
+    evaluated: Evaluated,
     output: Path,
 ) -> Answered:
     """A model's answers: read if they were kept, else generated and kept. Scores are always computed."""
-    file = output / EVALUATION_COMPLETIONS / f"{Path(name).name}-{_key(args, name, problems)}.json"
+    problems = evaluated.problems
+    file = output / EVALUATION_COMPLETIONS / f"{Path(name).name}-{_key(args, name, evaluated)}.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if not kept or base not in (None, kept["base"]):
         loaded = load_model(name)
-        kept = kept or _generate(args, name, loaded, problems)
+        kept = kept or _generate(args, name, loaded, evaluated)
         if base is not None:
             kept["base"] = base
-            kept["logps"], kept["base_logps"] = (
-                _logps(args, model, loaded, kept) for model in (loaded, load_model(base))
-            )
+            kept["logps"], kept["base_logps"] = (_logps(args, model, kept) for model in (loaded, load_model(base)))
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")
         partial.replace(file)
     samples = len(kept["texts"][0])
-    prompts = [prompt for prompt in problems["prompt"] for _ in range(samples)]
+    # As the model was asked: text, or messages
+    prompts = [prompt for prompt in kept["prompts"] for _ in range(samples)]
     texts = [text for each in kept["texts"] for text in each]
-    columns = {
-        column: [value for value in problems[column] for _ in range(samples)]
-        for column in problems.column_names
-        if column != "prompt"
-    }
-    plain = isinstance(prompts[0], str)
-    completions = texts if plain else [[{"role": "assistant", "content": text}] for text in texts]
+    columns = {name: [value for value in problems[name] for _ in range(samples)] for name in problems.column_names}
+    completions = list(map(as_completion, prompts, texts))
     ids = [row for each in kept["ids"] for row in each]
+    flat = call_rewards(list(evaluated.judges.values()), prompts, completions, ids, columns, evaluated.state)
     scores = {}
-    for measure, judge in judges.items():
-        flat = judge(prompts=prompts, completions=completions, completion_ids=ids, **(NOT_TRAINING | columns))
-        if all(score is None for score in flat):
+    for measure, given in zip(evaluated.judges, flat, strict=True):
+        if all(score is None for score in given):
             raise JobError(f"Reward '{measure}' applies to none of the prompts: it returned `None` for all of them.")
-        scores[measure] = [flat[i : i + samples] for i in range(0, len(flat), samples)]
+        scores[measure] = [given[i : i + samples] for i in range(0, len(given), samples)]
     lengths = [[len(row) for row in each] for each in kept["ids"]]
     logps = (kept["logps"], kept["base_logps"]) if base is not None else (None, None)
     return Answered(kept["texts"], scores, lengths, *logps)
 
 
-def _key(args: argparse.Namespace, name: str, problems: Dataset) -> str:
+def _key(args: argparse.Namespace, name: str, evaluated: Evaluated) -> str:
     weights = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(Path(name).glob("*.safetensors"))]
-    parts = [settings(args), name, weights, list(problems["prompt"])]
+    asked = [list(evaluated.problems["prompt"]), evaluated.options, evaluated.template]
+    parts = [settings(args), name, weights, asked]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
 
 
-def _generate(args: argparse.Namespace, name: str, loaded: Loaded, problems: Dataset) -> dict[str, Any]:
-    rows = problems
-    if args.dataset_name is None and loaded.tokenizer.chat_template is not None:
-        rows = as_messages(problems.select_columns(["prompt"]))
-    prompts = list(rows["prompt"])
-    ids: list[list[list[int]]] = [[] for _ in prompts]
-    total = len(prompts) * args.num_samples * len(args.seeds)
+def _generate(args: argparse.Namespace, name: str, loaded: Loaded, evaluated: Evaluated) -> dict[str, Any]:
+    rows = evaluated.problems
+    if "name" in evaluated.source and loaded.tokenizer.chat_template is not None:
+        rows = as_messages(rows)
+    prompt_ids = [
+        tokenize_prompt(loaded.tokenizer, row["prompt"], template_options(row) | evaluated.template) for row in rows
+    ]
+    ids: list[list[list[int]]] = [[] for _ in prompt_ids]
+    total = len(prompt_ids) * args.num_samples * len(args.seeds)
     with tqdm(total=total, desc=f"{Path(name).name}", unit="completion", disable=None) as bar:
         for seed in args.seeds:
             sampled = complete(
-                loaded, prompts, args.num_samples, args.max_new_tokens, args.temperature, args.top_p, seed,
-                args.batch_size, bar,
+                loaded, prompt_ids, args.num_samples, args.max_new_tokens, args.temperature, args.top_p, seed,
+                args.batch_size, bar, evaluated.options,
             )  # fmt: skip
             for all_samples, new in zip(ids, sampled, strict=True):
                 all_samples += new
     texts = [loaded.tokenizer.batch_decode(each, skip_special_tokens=True) for each in ids]
-    return {"prompts": prompts, "texts": texts, "ids": ids, "base": None, "logps": None, "base_logps": None}
+    prompts = list(rows["prompt"])
+    return {
+        "prompts": prompts,
+        "prompt_ids": prompt_ids,
+        "texts": texts,
+        "ids": ids,
+        "base": None,
+        "logps": None,
+        "base_logps": None,
+    }
 
 
-def _logps(
-    args: argparse.Namespace, scoring: Loaded, sampled: Loaded, kept: dict[str, Any]
-) -> list[list[list[float]]]:
-    rows = prompt_tokens(sampled.tokenizer, kept["prompts"])
-    pairs = [(prompt, completion) for prompt, each in zip(rows, kept["ids"], strict=True) for completion in each]
+def _logps(args: argparse.Namespace, scoring: Loaded, kept: dict[str, Any]) -> list[list[list[float]]]:
+    rows = zip(kept["prompt_ids"], kept["ids"], strict=True)
+    pairs = [(prompt, completion) for prompt, each in rows for completion in each]
     flat = completion_logps(scoring.model, *map(list, zip(*pairs, strict=True)), batch_size=args.batch_size)
     samples = len(kept["ids"][0])
     return [flat[i : i + samples] for i in range(0, len(flat), samples)]

@@ -1,15 +1,20 @@
 """What is measured of a model on held-out data: prompts that it answers, or pairs that it ranks."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from statistics import fmean
+from typing import ClassVar
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase, TrainerCallback
-from trl import apply_chat_template
-from trl.models import unwrap_model_for_generation
+from transformers import TrainerCallback
+
+from ..core.errors import JobError
+from ..data.messages import as_completion
+from ..rewards import call_rewards
+from ..rewards.checked import reward_name
 
 BATCH_SIZE = 64
 PAIRS_MEASURE = "pair_accuracy"
@@ -23,20 +28,21 @@ class Answers:
     Args:
         texts (`list[str]`):
             Completions without special tokens.
-        scores (`list[float]`):
-            What the judges gave each, averaged over the judges that apply.
+        scores (`list[float | None]`):
+            What the judges gave each, averaged over the judges that apply; `None` where none does.
         lengths (`list[int]`):
-            Tokens of each text.
+            Tokens of each, the end included.
     """
 
     texts: list[str]
-    scores: list[float]
+    scores: list[float | None]
     lengths: list[int]
 
     @property
     def mean(self) -> float:
-        """Mean score."""
-        return sum(self.scores) / len(self.scores)
+        """Mean score of the answers that a judge applies to."""
+        scores = [score for score in self.scores if score is not None]
+        return fmean(scores) if scores else math.nan
 
     @property
     def how(self) -> str:
@@ -46,7 +52,7 @@ class Answers:
     @property
     def mean_length(self) -> float:
         """Mean number of tokens."""
-        return sum(self.lengths) / len(self.lengths)
+        return fmean(self.lengths)
 
 
 @dataclass(frozen=True)
@@ -122,54 +128,43 @@ class HeldOut(TrainerCallback):
             control.should_log = True
 
     def look(self) -> Answers:
-        """Let the trainer's current model answer; every rank takes an equal share of the prompts."""
-        accelerator = self.trainer.accelerator
-        rank, ranks = accelerator.process_index, accelerator.num_processes
+        """
+        Let the trainer's current model answer; every rank takes an equal share of the prompts.
+
+        Raises:
+            [`~papertrl.core.errors.JobError`]: before training, if no judge gives a number to any answer.
+        """
+        trainer = self.trainer
+        rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
         # Every rank generates as often as the others, which sharded models need
         share = -(-len(self.problems) // ranks)
-        rows = [(rank * share + i) % len(self.problems) for i in range(share)]
-        was_training = self.trainer.model.training
-        with unwrap_model_for_generation(self.trainer.model_wrapped, accelerator) as model:
-            model.eval()
-            texts = [
-                text
-                for start in range(0, share, BATCH_SIZE)
-                for text in self._generate(model, self.problems.select(rows[start : start + BATCH_SIZE])["prompt"])
-            ]
-            model.train(was_training)
-        texts = gather_object(texts)[: len(self.problems)]
-        ids = [self.trainer.processing_class(text, add_special_tokens=False)["input_ids"] for text in texts]
-        return Answers(texts, self._judge(texts, ids), [len(tokens) for tokens in ids])
+        rows = self.problems.select([(rank * share + i) % len(self.problems) for i in range(share)])
+        was_training = trainer.model.training
+        trainer.model.eval()
+        ids = [
+            tokens
+            for start in range(0, share, BATCH_SIZE)
+            for tokens in trainer.answer(
+                list(rows.select(range(start, min(start + BATCH_SIZE, share)))), self.max_new_tokens
+            )
+        ]
+        trainer.model.train(was_training)
+        texts = trainer.processing_class.batch_decode(ids, skip_special_tokens=True)
+        scores = self._judge(rows, texts, ids)
+        answers = gather_object(list(zip(texts, scores, map(len, ids), strict=True)))[: len(self.problems)]
+        answers = Answers(*map(list, zip(*answers, strict=True)))
+        if trainer.state.global_step == 0 and all(score is None for score in answers.scores):
+            names = ", ".join(map(reward_name, self.judges))
+            raise JobError(
+                f"`reward_funcs`: {names} returned `None` for all {len(answers.scores)} held-out answers, so that "
+                "nothing is measured. Choose a reward that applies to the data, or set `--held_out_prompts 0`."
+            )
+        return answers
 
-    @torch.no_grad()
-    def _generate(self, model: Any, prompts: list) -> list[str]:
-        tokenizer: PreTrainedTokenizerBase = self.trainer.processing_class
-        texts = [p if isinstance(p, str) else apply_chat_template({"prompt": p}, tokenizer)["prompt"] for p in prompts]
-        special = isinstance(prompts[0], str)
-        inputs = tokenizer(
-            texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=special
-        ).to(model.device)
-        output = model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            max_new_tokens=self.max_new_tokens,
-            do_sample=False,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        return tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-
-    def _judge(self, texts: list[str], ids: list[list[int]]) -> list[float]:
-        prompts = list(self.problems["prompt"])
-        plain = isinstance(prompts[0], str)
-        completions = texts if plain else [[{"role": "assistant", "content": text}] for text in texts]
-        columns = {name: list(self.problems[name]) for name in self.problems.column_names if name != "prompt"}
-        rows = zip(
-            *(judge(prompts=prompts, completions=completions, completion_ids=ids, **columns) for judge in self.judges),
-            strict=True,
-        )
-        applying = [[score for score in row if score is not None] for row in rows]
-        return [sum(scores) / len(scores) if scores else 0.0 for scores in applying]
+    def _judge(self, rows: Dataset, texts: list[str], ids: list[list[int]]) -> list[float | None]:
+        columns = {name: list(rows[name]) for name in rows.column_names}
+        prompts = columns["prompt"]
+        completions = list(map(as_completion, prompts, texts))
+        by_judge = call_rewards(self.judges, prompts, completions, ids, columns, self.trainer.state)
+        applying = [[score for score in row if score is not None] for row in zip(*by_judge, strict=True)]
+        return [fmean(scores) if scores else None for scores in applying]

@@ -13,6 +13,8 @@ from ..hub.files import COMPLETIONS_FILE, RECIPE_FILE
 from ..hub.runfile import NO_CONFIGURATION, plain, write_run
 from ..hub.scrubbing import scrub, scrub_command
 from .arguments import EMBEDDED_RUN
+from .data import JobData, answer_length
+from .evaluated import data_of
 from .heldout import Answers, Ranking
 
 KEPT_EXAMPLES = 8
@@ -27,7 +29,7 @@ DROPPED_FLAGS = (
 )
 
 
-def describe_job(job: Any, command: list[str], measure: str) -> dict[str, Any]:
+def describe_job(job: Any, command: list[str], data: JobData) -> dict[str, Any]:
     """
     What a job knows of its run beside its trainer.
 
@@ -36,18 +38,23 @@ def describe_job(job: Any, command: list[str], measure: str) -> dict[str, Any]:
             The job.
         command (`list[str]`):
             Arguments of the command line.
-        measure (`str`):
-            What was measured on held-out data.
+        data ([`~papertrl.job.data.JobData`]):
+            What it trained and was judged on.
     """
     arguments, name = job.arguments, job.model.model_name_or_path
     described = {
         "command": "papertrl " + shlex.join(scrub_command(command, DROPPED_FLAGS)),
-        "measure": measure,
+        "measure": data.measure,
+        "data": data_of(arguments, answer_length(job, data)),
         "rewards": arguments.reward_funcs or [],
     }
     if arguments.dataset_name is not None:
-        local = Path(arguments.dataset_name).exists()
-        described["dataset"] = {"id": arguments.dataset_name, "local": local, "split": arguments.dataset_train_split}
+        described["dataset"] = {
+            "id": arguments.dataset_name,
+            "local": Path(arguments.dataset_name).exists(),
+            "shortened": scrub(arguments.dataset_name) != arguments.dataset_name,
+            "split": arguments.dataset_train_split,
+        }
     else:
         described["task"] = {"name": arguments.task or "addition", "kwargs": arguments.task_kwargs}
     if name == "smollm2":

@@ -24,7 +24,7 @@ from ..trainers.checkpoints import STATE_FILE, last_complete_checkpoint, read_br
 from ..trainers.description import describe
 from .arguments import Job
 from .claim import claim_output_dir, resumed_from
-from .data import JobData, check_reward_columns, dataset_data, task_data, task_of
+from .data import JobData, answer_length, check_reward_columns, dataset_data, task_data, task_of
 from .flags import without_flags
 from .heldout import Answers, HeldOut, HeldOutPairs, Ranking
 from .interrupt import StopOnSignal
@@ -89,7 +89,7 @@ def _run(job: Job, command: list[str], stop: StopOnSignal, held: ExitStack) -> F
     trainer.check_number_of_rows()
     before = held_out and held_out.look()
     if before and state.is_main_process and not job.training.resume_from_checkpoint:
-        MetricsFile(output / METRICS_FILE).write({"step": 0, f"held_out/{data.measure}": before.mean})
+        add_measured(output / METRICS_FILE, 0, data.measure, before.mean)
     train(trainer, resumed_from(job), output)
     if stop.received:
         raise Interrupted(stop.received, _how_to_resume(stop.received, trainer.state.global_step, output, command))
@@ -100,6 +100,8 @@ def _run(job: Job, command: list[str], stop: StopOnSignal, held: ExitStack) -> F
     # not complete yet
     trainer.save_model(str(output), _internal_call=True)
     after = held_out and held_out.look()
+    if after and state.is_main_process:
+        add_measured(output / METRICS_FILE, trainer.state.global_step, data.measure, after.mean)
     save(trainer, job, data, output, before, after, command)
     return Finished(output, data.measure, before, after)
 
@@ -134,6 +136,14 @@ def is_complete(trainer: Any, output: Path) -> bool:
     # An earlier branch may have come as far
     newer = all(file.stat().st_mtime <= (output / RUN_FILE).stat().st_mtime for file in last)
     return steps == trainer.state.global_step and newer
+
+
+def add_measured(file: Path, step: int, measure: str, value: float) -> None:
+    """Add what was measured on held-out data to the metrics, unless it was measured at this step during training."""
+    key = f"held_out/{measure}"
+    lines = read_metrics(file) if file.exists() else []
+    if not any(line["step"] == step and key in line for line in lines):
+        MetricsFile(file).write({"step": step, key: value})
 
 
 def limit_threads(state: PartialState, tiny: bool) -> None:
@@ -174,9 +184,8 @@ def held_out_of(job: Job, data: JobData) -> HeldOut | HeldOutPairs | None:
     """What measures the model on held-out data, or `None` where there is none."""
     family = job.trainer_class.family
     if data.problems is not None:
-        sampled = family.completion_length(job.training)
-        length = sampled if family.judged is True else data.max_new_tokens or sampled
-        return HeldOut(data.problems, data.judges, data.measure, length, job.arguments.held_out_evaluations)
+        length, evaluations = answer_length(job, data), job.arguments.held_out_evaluations
+        return HeldOut(data.problems, data.judges, data.measure, length, evaluations)
     ranks = not family.generates and job.arguments.held_out_prompts and isinstance(data.eval, Dataset)
     return HeldOutPairs() if ranks else None
 
@@ -258,7 +267,7 @@ def save(
             if isinstance(before, Answers):
                 write_samples(data.problems, before, after, output / SAMPLES_FILE)
         with reported(output / RUN_FILE):
-            described = describe(trainer) | describe_job(job, command, data.measure)
+            described = describe(trainer) | describe_job(job, command, data)
             write_job_files(output, job, described, data.problems, before, after)
         trainer.create_model_card()
     trainer.accelerator.wait_for_everyone()

@@ -13,7 +13,7 @@ from papertrl import cli
 from papertrl.core.errors import JobError
 from papertrl.evaluation import Answered, completion_logps, load_model, measures, table
 from papertrl.evaluation.models import short_names
-from papertrl.evaluation.sampling import complete, in_batches, prompt_tokens
+from papertrl.evaluation.sampling import complete, in_batches
 from papertrl.job import evaluate as evaluate
 
 
@@ -73,13 +73,14 @@ def test_an_adapter_is_loaded_with_its_base_and_diverges_from_it(tiny_path, tmp_
 
 
 def test_greedy_completions_do_not_depend_on_the_batch_size(model):
-    prompts = [f"{i:02}+{7 * i % 100:02}=" * (1 + i % 3) for i in range(10)]
+    texts = [f"{i:02}+{7 * i % 100:02}=" * (1 + i % 3) for i in range(10)]
+    prompts = model.tokenizer(texts)["input_ids"]
     one, many = (complete(model, prompts, 1, 6, 0.0, 1.0, 0, size) for size in (1, 10))
     assert one == many
 
 
 def test_completion_logps_are_those_of_one_row_at_a_time(model):
-    prompts = prompt_tokens(model.tokenizer, ["1+1=", "12+34="])
+    prompts = model.tokenizer(["1+1=", "12+34="])["input_ids"]
     completions = [[5, 6, 7], [8]]
     for prompt, completion, logps in zip(
         prompts, completions, completion_logps(model.model, prompts, completions), strict=True
@@ -186,13 +187,14 @@ def test_the_base_is_the_one_asked_for(small_run, tiny_path, tmp_path):
     assert "kl_to_base" not in measured
 
 
-def test_length_rewards_know_the_tasks_length(small_run, tmp_path):
+@pytest.mark.parametrize(("length", "punishment"), [([], 0.0), (["--max_new_tokens", 3], -1.0)])
+def test_length_rewards_know_the_length(small_run, tmp_path, length, punishment):
     flags = ["--num_prompts", 8, "--reward_funcs", "get_soft_overlong_punishment", "--output_dir", tmp_path]
-    assert run(small_run, *flags) == 0
+    assert run(small_run, *flags, *length) == 0
     measured = numbers(tmp_path)["models"][small_run.name]
-    # Two digits and the end fill the task's three tokens; of 256 tokens they would be far from too long
+    # Two digits and the end fill three tokens; of the run's five they are not too long
     assert measured["response_length"]["value"] == 3
-    assert measured["soft_overlong_punishment_reward"]["value"] == -1.0
+    assert measured["soft_overlong_punishment_reward"]["value"] == punishment
 
 
 def test_models_whose_folders_are_called_alike_keep_their_own_columns(tmp_path):

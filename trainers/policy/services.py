@@ -10,8 +10,10 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 
+from ...evaluation.sampling import GREEDY
 from ...losses.policy.groups import by_group, weighted_sum
 from ...losses.policy.surrogate import log_importance_weights
+from ...rewards.checked import guarded
 from .batch import GenerationBatch, score_groups
 from .draft import Draft
 from .objective import PolicyStatistics, column
@@ -119,6 +121,20 @@ class PolicyServices(GRPOTrainer):
         finally:
             setattr(holder, name, kept)
 
+    def answer(self, rows: list[dict[str, Any]], max_tokens: int) -> list[list[int]]:
+        """Greedy completions on the way of training: its prompts, options, decoding components and backend."""
+        counted = self._sampled_tokens
+        holder, greedy = self.generation_config, GREEDY
+        if self.use_vllm:
+            holder, greedy = self.vllm_generation, {"temperature": 0.0}
+        kept = {name: getattr(holder, name) for name in greedy}
+        try:
+            vars(holder).update(greedy)
+            return self.sample(self.tokenize_prompts([row["prompt"] for row in rows]), max_tokens)[0]
+        finally:
+            vars(holder).update(kept)
+            self._sampled_tokens = counted
+
     def generate(self, inputs: list[dict[str, Any]], prompts: list[Any]) -> Generation:
         """One completion for each of this rank's rows, sampled, decoded and logged as TRL does; see [`rollout`]."""
         return Generation.from_trl(inputs, prompts, super()._generate(prompts))
@@ -215,9 +231,14 @@ class PolicyServices(GRPOTrainer):
 
         What they log of each row goes into `generation.log_extra`.
         """
-        rewards = super()._calculate_rewards(
-            generation.inputs, generation.prompts, generation.completions, generation.completion_ids
-        )
+        kept = self.reward_funcs
+        self.reward_funcs = [func if isinstance(func, torch.nn.Module) else guarded(func) for func in kept]
+        try:
+            rewards = super()._calculate_rewards(
+                generation.inputs, generation.prompts, generation.completions, generation.completion_ids
+            )
+        finally:
+            self.reward_funcs = kept
         generation.log_extra = dict(self._pending_extra_logs)
         self._pending_extra_logs.clear()
         return rewards

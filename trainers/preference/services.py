@@ -12,6 +12,7 @@ from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_ge
 from trl.trainer.utils import use_adapter
 
 from ...losses.terms import LossTerm
+from ...models.tokenization import end_tokens
 from ..reference import REFERENCE_ADAPTER, trainable_kept
 from .record import PreferenceRecord
 from .sampling import SampledCompletions
@@ -205,6 +206,4 @@ class PreferenceServices:
 
     def eos_token_ids(self, model: torch.nn.Module) -> list[int]:
         """Tokens that end a completion."""
-        ids = model.generation_config.eos_token_id
-        ids = ids if isinstance(ids, list) else [ids]
-        return [i for i in dict.fromkeys([self.tokenizer.eos_token_id, *ids]) if i is not None]
+        return end_tokens(self.tokenizer, model.generation_config)

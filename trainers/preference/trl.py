@@ -10,6 +10,7 @@ from datasets import Dataset, IterableDataset
 from trl import DPOTrainer
 from trl.trainer.dpo_trainer import global_then_local_main_first
 
+from ..answering import AnswersPrompts
 from ..method import MethodTrainer
 from ..reduction import mean_of_terms
 from ..reference import trainable_kept
@@ -41,7 +42,7 @@ PINNED = {
 }
 
 
-class OpenedDPOTrainer(MethodTrainer, SharesPrompts, DPOTrainer):
+class OpenedDPOTrainer(MethodTrainer, AnswersPrompts, SharesPrompts, DPOTrainer):
     """[`~trl.DPOTrainer`] that calls the stages, which [`~papertrl.PreferenceTrainer`] adds."""
 
     # --- Rows ---------------------------------------------------------------------------------------------------

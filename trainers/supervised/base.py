@@ -20,6 +20,7 @@ from ...core.stages import Off, is_off
 from ...losses.divergence import LazyLogits
 from ...losses.terms import LossTerm
 from ...models.observation import Pass, backbone, lm_head, observe
+from ..answering import AnswersPrompts
 from ..method import MethodTrainer
 from ..reference import as_reference, frozen_copy, keep_adapter
 from .record import OPTIONAL_FIELDS, SupervisedRecord
@@ -47,7 +48,7 @@ class SupervisedConfig(MethodConfigMixin, SFTConfig):
     """Configuration of [`SupervisedTrainer`]: TRL's [`~trl.SFTConfig`]."""
 
 
-class SupervisedTrainer(MethodTrainer, SFTTrainer):
+class SupervisedTrainer(MethodTrainer, AnswersPrompts, SFTTrainer):
     r"""
     TRL's [`~trl.SFTTrainer`] with the loss opened into stages; without a method it is that trainer.
 

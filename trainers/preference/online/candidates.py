@@ -43,6 +43,8 @@ class Candidate:
             How good it is; NaN where nobody could say.
         rewards (`dict[str, float]`):
             What each reward function gave.
+        logged (`dict[str, str]`):
+            What reward functions noted of it, by `log_extra`.
         extras (`dict`):
             For the method that made it.
     """
@@ -53,6 +55,7 @@ class Candidate:
     source: str = "policy"
     score: float = math.nan
     rewards: dict[str, float] = field(default_factory=dict)
+    logged: dict[str, str] = field(default_factory=dict)
     extras: dict[str, Any] = field(default_factory=dict)
 
 
@@ -154,6 +157,7 @@ def pairs_dataset(pairs: list[Pair], iteration: int) -> Dataset:
 def candidates_table(groups: list[Group], iteration: int) -> pa.Table:
     """The groups as rows, one list per property of their candidates."""
     rewards = sorted({name for group in groups for candidate in group.candidates for name in candidate.rewards})
+    logged = sorted({name for group in groups for candidate in group.candidates for name in candidate.logged})
     rows = []
     for group in groups:
         rows.append(
@@ -171,5 +175,6 @@ def candidates_table(groups: list[Group], iteration: int) -> pa.Table:
                 f"reward_{name}": [candidate.rewards.get(name, math.nan) for candidate in group.candidates]
                 for name in rewards
             }
+            | {f"extra_{name}": [candidate.logged.get(name) for candidate in group.candidates] for name in logged}
         )
     return pa.Table.from_pylist(rows)

@@ -1,24 +1,29 @@
 """Scores of candidates: by reward functions and reward models, or by comparison in pairs."""
 
-import asyncio
-import inspect
 import math
+from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from trl import apply_chat_template
-from trl.trainer.utils import get_callable_name, get_config_model_id
+from trl.trainer.utils import get_config_model_id
 
 from ....models.loading import reward_model
+from ....models.tokenization import template_options
+from ....rewards import call_rewards
+from ....rewards.checked import reward_name
 from .candidates import Candidate, Completion, Group
 
 Judge = Callable[[list, list, list], list[float]]
-# Prompts with their candidates, and the keyword arguments of reward functions → scores
-Scorer = Callable[[list[tuple[Group, Candidate]], dict[str, Any]], list[float]]
+# Prompts with their candidates → scores
+Scorer = Callable[[list[tuple[Group, Candidate]]], list[float]]
 
 
 class RewardScorer:
@@ -62,20 +67,21 @@ class RewardScorer:
                 raise ValueError(f"`{name}` must have one entry per reward function ({len(funcs)}), got {len(given)}.")
         self.batch_size = batch_size
         self.names: list[str] = []
-        self.score_by: list[Scorer] = []
-        for func, tokenizer in zip(funcs, tokenizers, strict=True):
+        # By the place among all of them
+        self.models: dict[int, Scorer] = {}
+        self.functions: dict[int, Callable] = {}
+        self._logged: dict[str, list[float]] = defaultdict(list)
+        for i, (func, tokenizer) in enumerate(zip(funcs, tokenizers, strict=True)):
             if isinstance(func, str):
                 func = reward_model(func, trust_remote_code)
             if isinstance(func, nn.Module):
                 name = get_config_model_id(func.config)
                 tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
                 self.names.append(name.rstrip("/").split("/")[-1])
-                self.score_by.append(
-                    self._model_scorer(accelerator.prepare_model(func, evaluation_mode=True), tokenizer)
-                )
+                self.models[i] = self._model_scorer(accelerator.prepare_model(func, evaluation_mode=True), tokenizer)
             else:
-                self.names.append(get_callable_name(func))
-                self.score_by.append(_function_scorer(func))
+                self.names.append(reward_name(func))
+                self.functions[i] = func
 
     def _model_scorer(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Scorer:
         if tokenizer.pad_token is None:
@@ -84,15 +90,19 @@ class RewardScorer:
         model.eval()
 
         @torch.no_grad()
-        def score(members: list[tuple[Group, Candidate]], _: dict[str, Any]) -> list[float]:
+        def score(members: list[tuple[Group, Candidate]]) -> list[float]:
             plain = isinstance(members[0][0].row["prompt"], str)
             if plain:
                 # TRL's `RewardTrainer` ends each text so; one that was cut off did not end
                 ends = {True: tokenizer.eos_token or "", False: ""}
                 texts = [group.row["prompt"] + c.completion + ends[c.finished] for group, c in members]
             else:
-                chats = [{"messages": group.row["prompt"] + c.completion} for group, c in members]
-                texts = [apply_chat_template(chat, tokenizer)["text"] for chat in chats]
+                texts = [
+                    apply_chat_template(
+                        {"messages": group.row["prompt"] + c.completion}, tokenizer, **template_options(group.row)
+                    )["text"]
+                    for group, c in members
+                ]
             scores = []
             for start in range(0, len(texts), self.batch_size):
                 inputs = tokenizer(
@@ -109,29 +119,66 @@ class RewardScorer:
         return score
 
     def __call__(self, groups: list[Group], trainer_state: Any) -> None:
-        """Set `score` and `rewards` of every candidate; a NaN or `None` of one function leaves it out of the sum."""
+        """
+        Set `score` and `rewards` of every candidate; a NaN or `None` of one function leaves it out of the sum.
+
+        What functions log of each candidate goes into its `logged`, what they log of all is for [`pop_logged`].
+        """
         members = [(group, candidate) for group in groups for candidate in group.candidates]
         if not members:
             return
-        columns = {key: [group.row[key] for group, _ in members] for key in members[0][0].row if key != "prompt"}
-        inputs = {
-            "prompts": [group.row["prompt"] for group, _ in members],
-            "completions": [candidate.completion for _, candidate in members],
-            "completion_ids": [candidate.completion_ids for _, candidate in members],
-            "trainer_state": trainer_state,
-        }
-        by_function = [score(members, {**columns, **inputs}) for score in self.score_by]
+        outcomes = {i: score(members) for i, score in self.models.items()}
+        if self.functions:
+            given = call_rewards(
+                list(self.functions.values()),
+                [group.row["prompt"] for group, _ in members],
+                [candidate.completion for _, candidate in members],
+                [candidate.completion_ids for _, candidate in members],
+                {name: [group.row[name] for group, _ in members] for name in members[0][0].row},
+                trainer_state,
+                log_extra=partial(_note, [candidate for _, candidate in members]),
+                log_metric=lambda name, value: self._logged[name].append(float(value)),
+            )
+            outcomes |= dict(zip(self.functions, given, strict=True))
         for i, (_, candidate) in enumerate(members):
-            given = [math.nan if scores[i] is None else float(scores[i]) for scores in by_function]
+            given = [math.nan if (score := outcomes[k][i]) is None else float(score) for k in sorted(outcomes)]
             candidate.rewards = dict(zip(self.names, given, strict=True))
             counted = [w * r for w, r in zip(self.weights, given, strict=True) if not math.isnan(r)]
             candidate.score = sum(counted) if counted else math.nan
+
+    def pop_logged(self) -> dict[str, float]:
+        """Means of what functions logged since the last call, over all ranks, which all must call it."""
+        logged: dict[str, list[float]] = defaultdict(list)
+        for of_rank in gather_object([dict(self._logged)]):
+            for name, values in of_rank.items():
+                logged[name] += values
+        self._logged.clear()
+        return {name: fmean(values) for name, values in logged.items()}
+
+
+def _note(candidates: list[Candidate], column: str, values: list) -> None:
+    if len(values) != len(candidates):
+        raise ValueError(
+            f"`log_extra('{column}', ...)` was called with {len(values)} values for {len(candidates)} completions; it "
+            "takes one for each."
+        )
+    for candidate, value in zip(candidates, values, strict=True):
+        candidate.logged[column] = str(value)
 
 
 def _function_scorer(func: Callable) -> Scorer:
     if inspect.iscoroutinefunction(func):
         return lambda _, inputs: asyncio.run(func(**inputs))
     return lambda _, inputs: func(**inputs)
+
+
+def _load_reward_model(name: str) -> nn.Module:
+    try:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`reward_funcs`: reward model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}"
+        ) from error
 
 
 def compare(

@@ -184,6 +184,8 @@ class OnlineLoop:
         local = [Group(group.row, group.index, group.prompt_ids) for group in chosen]
         trainer.propose(local)
         trainer.judge(local)
+        if trainer.scorer is not None:
+            trainer.log_round(trainer.scorer.pop_logged())
         return gather_object(local)[: len(kept)]
 
     def _groups(self) -> list[Group]:

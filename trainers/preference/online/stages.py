@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from ....data.messages import as_completion
 from ....models.tokenization import template_options, tokenize_completions, tokenize_prompt, with_end
 from .candidates import Candidate, Group, Pair, best_against_worst
 from .draw import draw_completions, keyed_seed
@@ -163,8 +164,7 @@ class OnlineStages:
             )
         for (i, _), tokens in zip(rows, drawn, strict=True):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            chat = isinstance(groups[i].row["prompt"], list)
-            completion = [{"role": "assistant", "content": text}] if chat else text
+            completion = as_completion(groups[i].row["prompt"], text)
             groups[i].candidates.append(Candidate(completion, tokens, tokens[-1] in eos_token_ids, source))
 
     def compare(self, groups: list[Group], firsts: list[Candidate], seconds: list[Candidate]) -> list[float]:
