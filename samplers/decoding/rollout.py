@@ -21,6 +21,7 @@ from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from ...models.positions import length_limit
 from .cache import GrowingLayer
 from .processors import RowProcessor
 
@@ -108,6 +109,8 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
     unusual = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     if unusual or not layers:
         return f"the cache of `{name}` has layers of type {', '.join(unusual) or 'unknown'}"
+    if length_limit(model) is not None:
+        return f"the rotary positions of `{name}` change with the length of the longest row, and rows leave"
     if model.is_activation_checkpointing and model.training:
         return "gradient checkpointing is on, with which the layers keep no cache"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -152,7 +152,9 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         self.beta = args.beta
         self.endings = Endings(self)
         self._trained_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        self._set_up_sharing(self.temperature, self.args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
+        self._set_up_sharing(
+            self.temperature, self.args.cast_lm_head_to_fp32, ("log_probs", "entropy"), left_padded=True
+        )
         self._set_up_micro_batches()
         if (drawing or replacing) and self._is_vlm:
             names = [*drawing, *replacing]

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..shared_prefix import SharesPrompts
+from ..sharing import SharesPrompts
 from .batch import GenerationBatch
 from .batching import MicroBatches
 from .loss import policy_loss

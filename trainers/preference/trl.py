@@ -13,7 +13,7 @@ from trl.trainer.dpo_trainer import global_then_local_main_first
 from ..method import MethodTrainer
 from ..reduction import mean_of_terms
 from ..reference import trainable_kept
-from ..shared_prefix import SharesPrompts
+from ..sharing import SharesPrompts
 from .collation import model_inputs_of
 from .record import PreferenceRecord
 
