@@ -7,22 +7,16 @@ positions that are scored.
 """
 
 import functools
-import inspect
 import types
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from accelerate.logging import get_logger
-from accelerate.utils import is_peft_model
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
 from trl.kernels import ChunkedLogProbFunction
 
-from ..models.observation import causal_lm, lm_head
-
-logger = get_logger(__name__)
+from ..models.observation import lm_head
 
 # In the order in which the kernel returns them
 _FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -40,8 +34,8 @@ class SharedPrefix:
     Args:
         input_ids, attention_mask (`torch.Tensor` of shape `(prompts, prompt_length)`):
             Prompts, padded on the left.
-        position_ids (`torch.Tensor` of shape `(prompts, prompt_length)` or `(1, prompt_length)`):
-            Positions of their tokens.
+        position_ids (`torch.Tensor` of shape `(prompts, prompt_length)` or `(1, prompt_length)`, *optional*):
+            Positions of their tokens; `None` for those that the model makes itself.
         index (`torch.Tensor` of shape `(rows,)`):
             Which prompt each row begins with.
         label_mask (`torch.Tensor` of shape `(rows, time)`, bool):
@@ -52,7 +46,7 @@ class SharedPrefix:
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
-    position_ids: torch.Tensor
+    position_ids: torch.Tensor | None
     index: torch.Tensor
     label_mask: torch.Tensor
     lengths: list[int]
@@ -71,31 +65,6 @@ class SharedPrefixOutput:
 
     scores: dict[str, torch.Tensor]
     hidden_states: torch.Tensor
-
-
-def why_not_shared(model: nn.Module) -> str | None:
-    """
-    Reason why prompts cannot be shared with this model, or `None`.
-
-    A causal text model qualifies whose cache holds plain keys and values of all positions in every layer.
-    """
-    base = model.get_base_model() if is_peft_model(model) else model
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
-        return "prompt-learning adapters put their own prefix into the cache"
-    if base.config.is_encoder_decoder:
-        return "the model is an encoder-decoder"
-    if base.config.get_text_config() is not base.config:
-        return "the model is multimodal"
-    if getattr(base, "_is_stateful", False):
-        return "the model keeps a recurrent state instead of a cache"
-    if "past_key_values" not in inspect.signature(base.base_model.forward).parameters:
-        return f"{type(base).__name__} has no key-value cache"
-    layer_types = getattr(base.config, "layer_types", None) or ["full_attention"]
-    if set(layer_types) != {"full_attention"}:
-        return f"its layers are of types {sorted(set(layer_types))}, and only full attention is supported"
-    if any(type(layer) is not DynamicLayer for layer in DynamicCache(config=base.config).layers):
-        return "its cache does not hold all positions of every layer"
-    return None
 
 
 def add_shared_prefix(
@@ -128,7 +97,7 @@ def add_shared_prefix(
         if shared_prefix is None:
             return plain_forward(*args, **kwargs)
         inputs = {name: kwargs[name] for name in ("input_ids", "attention_mask", "position_ids")}
-        hidden = _hidden_states(self.base_model, shared_prefix, **inputs)
+        hidden = prefixed_states(self.base_model, shared_prefix=shared_prefix, **inputs)
         mask, labels = shared_prefix.label_mask, inputs["input_ids"]
         scores = _score(self, hidden[mask], labels[mask], temperature, cast_lm_head_to_fp32, outputs)
         # Connected to the model even if nothing is scored
@@ -136,28 +105,6 @@ def add_shared_prefix(
         return SharedPrefixOutput(full, hidden)
 
     model.forward = types.MethodType(forward, model)
-
-
-class SharesPrompts:
-    """Mixin of the family bases that can share prompts: decides, and says why where it does not."""
-
-    def _set_up_sharing(self, temperature: float, cast_lm_head_to_fp32: bool, outputs: tuple[str, ...]) -> None:
-        self._shares_prompts = False
-        if not self.args.share_prompts:
-            return
-        if self.args.gradient_checkpointing:
-            reason = "gradient checkpointing turns off the cache that would hold them"
-        elif self.is_deepspeed_enabled or self.is_fsdp_enabled:
-            reason = "sharded parameters are gathered once per forward, and sharing takes several"
-        else:
-            reason = why_not_shared(self.model)
-        if reason is not None:
-            logger.warning(f"Prompts are computed once per completion, as in TRL: {reason}.")
-            return
-        self._shares_prompts = True
-        for model in (self.model, self.ref_model):
-            if model is not None:
-                add_shared_prefix(causal_lm(model), temperature, cast_lm_head_to_fp32, outputs)
 
 
 def shared_inputs(
@@ -168,11 +115,12 @@ def shared_inputs(
     completion_mask: torch.Tensor,
     completion_positions: torch.Tensor,
     labels: torch.Tensor,
+    own_positions: bool = False,
 ) -> dict:
     """
     Inputs of a model with [`add_shared_prefix`] that score `labels` and compute each distinct prompt once.
 
-    Columns that are padding in every row are cut off.
+    Columns that are padding in every row are cut off, where positions are given.
 
     Args:
         prompt_ids, prompt_mask (`torch.Tensor` of shape `(rows, prompt_length)`):
@@ -183,20 +131,22 @@ def shared_inputs(
             Position ids of their tokens; those of equal prompts are equal.
         labels (`torch.Tensor` of shape `(rows, time)`, bool):
             Completion tokens to score.
+        own_positions (`bool`, *optional*, defaults to `False`):
+            As in [`~papertrl.trainers.sharing.Sharing`].
     """
     places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
     # One transfer for everything that decides on shapes
     *lengths, widest = torch.cat([(labels * places).amax(1), prompt_mask.sum(1).amax().view(1)]).tolist()
-    time, first = max(1, *lengths), prompt_ids.shape[1] - widest
+    time, first = max(1, *lengths), 0 if own_positions else prompt_ids.shape[1] - widest
     mask = prompt_mask[:, first:]
     distinct, index = torch.unique(prompt_ids[:, first:].masked_fill(mask == 0, -1), dim=0, return_inverse=True)
-    positions = prompt_positions[:, first:]
-    if positions.shape[0] > 1:
+    positions = None if own_positions else prompt_positions[:, first:]
+    if positions is not None and positions.shape[0] > 1:
         positions = positions.new_empty(distinct.shape).index_copy_(0, index, positions)
     return {
         "input_ids": completion_ids[:, :time],
         "attention_mask": completion_mask[:, :time],
-        "position_ids": completion_positions[:, :time],
+        "position_ids": None if own_positions else completion_positions[:, :time],
         "shared_prefix": SharedPrefix(
             input_ids=distinct.clamp(min=0),
             attention_mask=(distinct >= 0).to(prompt_mask.dtype),
@@ -237,20 +187,17 @@ def length_buckets(lengths: list[int]) -> list[list[int]]:
     return [order[start:end] for start, end in pairwise(ends)]
 
 
-def _hidden_states(
+def prefixed_states(
     backbone: nn.Module,
-    prefix: SharedPrefix,
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
-    position_ids: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    shared_prefix: SharedPrefix,
 ) -> torch.Tensor:
     """Hidden states `(rows, time, hidden)` that predict the completion tokens."""
-    first = backbone(
-        input_ids=prefix.input_ids,
-        attention_mask=prefix.attention_mask,
-        position_ids=prefix.position_ids,
-        use_cache=True,
-    )
+    prefix = shared_prefix
+    given = {} if position_ids is None else {"position_ids": prefix.position_ids}
+    first = backbone(input_ids=prefix.input_ids, attention_mask=prefix.attention_mask, use_cache=True, **given)
     last_state = first.last_hidden_state[:, -1]
     rows, time = input_ids.shape
     out = last_state.new_zeros(rows, time, last_state.shape[-1])
@@ -262,13 +209,15 @@ def _hidden_states(
         states = last_state[source].unsqueeze(1)
         if length > 1:
             cache = _select(first.past_key_values, source)
-            positions = position_ids if position_ids.shape[0] == 1 else position_ids[chosen]
+            if position_ids is not None:
+                positions = position_ids if position_ids.shape[0] == 1 else position_ids[chosen]
+                given = {"position_ids": positions[:, : length - 1]}
             rest = backbone(
                 input_ids=input_ids[chosen, : length - 1],
                 attention_mask=torch.cat([prefix.attention_mask[source], attention_mask[chosen, : length - 1]], dim=1),
-                position_ids=positions[:, : length - 1],
                 past_key_values=cache,
                 use_cache=True,
+                **given,
             ).last_hidden_state
             states = torch.cat([states, rest], dim=1)
         pieces.append(nn.functional.pad(states, (0, 0, 0, time - states.shape[1])))

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import (
@@ -21,19 +21,25 @@ from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from ...models.positions import length_limit
 from .cache import GrowingLayer
 from .processors import RowProcessor
 
-# A model that has its own version of one of these generates in a way that the loop below does not know
-_STANDARD = (
-    "generate",
-    "prepare_inputs_for_generation",
-    "_sample",
-    "_prefill",
-    "_prepare_cache_for_generation",
-    "_prepare_position_ids_for_generation",
-    "_update_model_kwargs_for_generation",
-)
+# A model that has its own version of one of these generates in a way that the loop below does not know. Taken on
+# import, so that what is put in their place later is found out too
+_STANDARD = {
+    name: inspect.getattr_static(GenerationMixin, name)
+    for name in (
+        "generate",
+        "prepare_inputs_for_generation",
+        "_sample",
+        "_prefill",
+        "_prepare_cache_for_generation",
+        "_prepare_position_ids_for_generation",
+        "_update_model_kwargs_for_generation",
+    )
+}
+_PEFT_GENERATE = [inspect.getattr_static(kind, "generate") for kind in (PeftModel, PeftModelForCausalLM)]
 # Options of `GenerationConfig` that change how tokens are drawn, with the values that do not
 _NEUTRAL = {
     "cache_implementation": (None, "dynamic"),
@@ -96,13 +102,15 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
         return f"`{name}` is remote code"
     if "past_key_values" not in _forward_arguments(model) or not model._supports_default_dynamic_cache():
         return f"the forward of `{name}` takes no `past_key_values`"
-    for method in _STANDARD:
-        if inspect.getattr_static(type(model), method) is not inspect.getattr_static(GenerationMixin, method):
+    for method, standard in _STANDARD.items():
+        if inspect.getattr_static(model, method) is not standard:
             return f"`{name}` has its own `{method}`"
     layers = DynamicCache(config=model.config).layers
     unusual = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
     if unusual or not layers:
         return f"the cache of `{name}` has layers of type {', '.join(unusual) or 'unknown'}"
+    if length_limit(model) is not None:
+        return f"the rotary positions of `{name}` change with the length of the longest row, and rows leave"
     if model.is_activation_checkpointing and model.training:
         return "gradient checkpointing is on, with which the layers keep no cache"
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -118,6 +126,8 @@ def _peft_reason(model: PeftModel) -> str | None:
         return "the adapter is of the prompt-learning kind, which adds to the cache"
     if any(isinstance(config, LoraConfig) and config.alora_invocation_tokens is not None for config in configs):
         return "the adapter is an activated LoRA, which depends on the position in the prompt"
+    if inspect.getattr_static(model, "generate") not in _PEFT_GENERATE or "generate" in vars(model.base_model):
+        return f"`{type(model).__name__}` has its own `generate`"
     if type(model.base_model).forward is not BaseTuner.forward:
         return f"`{type(model.base_model).__name__}` has its own forward"
     return None

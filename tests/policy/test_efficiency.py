@@ -12,7 +12,8 @@ from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.batching import MicroBatches
 from papertrl.trainers.policy.passes import rollout_inputs
-from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets, why_not_shared
+from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets
+from papertrl.trainers.sharing import why_not_shared
 
 from ..harness.table import active_config, build, dataset, digit_parity, settings, weights
 
@@ -160,7 +161,7 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
     expected_loss, expected = gradient(theirs, halves)
 
     ours = PolicyTrainer(policy_path, reward, PolicyConfig(**values), train_dataset=dataset("policy"))
-    assert ours._shares_prompts and ours.batching is not None
+    assert ours.sharing and ours.batching is not None
     ours.model.train()
     torch.manual_seed(5)
     ours._generate_single_turn = lambda *a, _rows=batch, **k: (
@@ -264,6 +265,6 @@ def test_trains_with_sharing_under(values, policy_path, tmp_path):
     trainer_class = load_trainer("lp_reg")
     args = active_config(trainer_class, ["lp_reg"], tmp_path, **values)
     trainer = build(trainer_class, "policy", policy_path, args, **peft)
-    assert trainer._shares_prompts
+    assert trainer.sharing
     trainer.train()
     assert all(value.isfinite().all() for value in weights(trainer).values())

@@ -18,7 +18,7 @@ from ..harness.pairs import first_batch, loss_and_gradients, make_trainer, of_tr
 def make_pair(tiny_path, tokenizer, tmp_path, **options):
     theirs = make_trainer(DPOTrainer, tiny_path, tokenizer, tmp_path / "trl", config_class=DPOConfig, **options)
     ours = make_trainer(PreferenceTrainer, tiny_path, tokenizer, tmp_path / "ours", share_prompts=True, **options)
-    assert ours._shares_prompts
+    assert ours.sharing
     return theirs, ours
 
 
@@ -113,7 +113,7 @@ def test_padding_cannot_leak(tiny_path, tokenizer, tmp_path):
 def test_methods_train_with_sharing(name, values, tiny_path, tokenizer, tmp_path):
     options = {"hypo_kl_coef": 0.1, "hypo_kl_max_new_tokens": 4} if name == "hypo" else {}
     trainer = make_trainer(load_trainer(name), tiny_path, tokenizer, tmp_path, share_prompts=True, **options, **values)
-    assert trainer._shares_prompts
+    assert trainer.sharing
     trainer.train()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
@@ -122,5 +122,5 @@ def test_gradient_checkpointing_is_logged_as_a_reason(tiny_path, tokenizer, tmp_
     trainer = make_trainer(
         PreferenceTrainer, tiny_path, tokenizer, tmp_path, share_prompts=True, gradient_checkpointing=True
     )
-    assert not trainer._shares_prompts and "turns off the cache" in caplog.text
+    assert not trainer.sharing and "turns off the cache" in caplog.text
     trainer.train()

@@ -12,6 +12,7 @@ from ...core.family import POLICY
 from ..checkpoints import rows_per_step, split
 from ..method import MethodTrainer
 from .batching import MicroBatches, recut, why_not_regrouped
+from .sampling import Endings, check_stop_strings
 from .stages import PolicyStages
 from .trl import OpenedGRPOTrainer
 
@@ -51,6 +52,10 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
         "Whether to check the values of every rollout record, not only its shapes. For debugging: it waits for the "
         "device once per generation batch.",
     )
+
+    def validate(self):
+        super().validate()
+        check_stop_strings(self)
 
 
 class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
@@ -147,8 +152,11 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         with self._reference_on(args):
             super().__init__(**given)
         self.beta = args.beta
+        self.endings = Endings(self)
         self._trained_tokens = torch.zeros((), dtype=torch.int64, device=self.accelerator.device)
-        self._set_up_sharing(self.temperature, self.args.cast_lm_head_to_fp32, ("log_probs", "entropy"))
+        self._set_up_sharing(
+            self.temperature, self.args.cast_lm_head_to_fp32, ("log_probs", "entropy"), left_padded=True
+        )
         self._set_up_micro_batches()
         if (drawing or replacing) and self._is_vlm:
             names = [*drawing, *replacing]

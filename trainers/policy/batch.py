@@ -194,6 +194,10 @@ class GenerationBatch:
     def finish(self, output: dict[str, Any]) -> RolloutRecord:
         """The record of what TRL's `_generate_and_score_completions` returned: advantages, selection, feedback."""
         trainer, scored = self.trainer, self.scored
+        if trainer.mask_truncated_completions and trainer.endings.stops is not None:
+            finished = ~scored.truncated[scored.local].unsqueeze(1)
+            for name in {"completion_mask", "tool_mask"} & output.keys():
+                output[name] = output[name] * finished
         record = RolloutRecord.from_generation(output, scored)
         if self.sampled_prompts is not None:
             record.sampled_prompt_ids, record.sampled_prompt_mask = self.sampled_prompts
@@ -241,9 +245,9 @@ def score_groups(
     """
     rewards = trainer.reward(rollouts)
     device, local_rows = rewards.device, len(rollouts.prompts)
-    ends = [*trainer.eos_token_ids, trainer._tokenizer.pad_token_id]
+    finished = trainer.endings.finished(rollouts.sampled_prompt_ids or rollouts.prompt_ids, rollouts.completion_ids)
     source = rollouts.source or [Source.POLICY] * local_rows
-    facts = [[len(ids), ids[-1] not in ends, s] for ids, s in zip(rollouts.completion_ids, source, strict=True)]
+    facts = [[len(ids), not f, s] for ids, f, s in zip(rollouts.completion_ids, finished, source, strict=True)]
     facts = trainer.accelerator.gather(torch.tensor(facts, dtype=torch.int64, device=device))
     group_ids = torch.arange(rewards.shape[0], device=device) // group_size
     indices = torch.full_like(group_ids, -1)

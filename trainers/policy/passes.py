@@ -66,8 +66,9 @@ def score_tokens(
         The scores, and the load-balancing loss if it was asked for.
     """
     multimodal_rows = any(multimodal.get(key) is not None for key in MULTIMODAL_KEYS)
-    if trainer._shares_prompts and not (compute_aux_loss or multimodal_rows or "mlp_inputs" in needs):
-        return _score_shared(trainer.accelerator, model, input_ids, attention_mask, labels, batch_size), None
+    plain = compute_aux_loss or multimodal_rows or "mlp_inputs" in needs
+    if not plain and trainer.shares(input_ids.shape[1]):
+        return _score_shared(trainer, model, input_ids, attention_mask, labels, batch_size), None
     time = labels.shape[1]
     hidden = mlp = None
     with ExitStack() as observers:
@@ -137,13 +138,14 @@ def pad_rows(
     return ids, mask
 
 
-def _score_shared(accelerator, model, input_ids, attention_mask, labels, batch_size=None) -> OldPass:
+def _score_shared(trainer, model, input_ids, attention_mask, labels, batch_size=None) -> OldPass:
     size = batch_size or input_ids.shape[0]
     outputs = []
     for start in range(0, input_ids.shape[0], size):
         rows = slice(start, start + size)
-        with accelerator.autocast():
-            outputs.append(model(**rollout_inputs(input_ids[rows], attention_mask[rows], labels[rows])))
+        inputs = rollout_inputs(input_ids[rows], attention_mask[rows], labels[rows], trainer.sharing.own_positions)
+        with trainer.accelerator.autocast():
+            outputs.append(model(**inputs))
     time = labels.shape[1]
 
     def collect(name=None):
@@ -155,7 +157,9 @@ def _score_shared(accelerator, model, input_ids, attention_mask, labels, batch_s
     return OldPass(collect("log_probs"), collect("entropy"), collect(), None)
 
 
-def rollout_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor) -> dict:
+def rollout_inputs(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, own_positions: bool = False
+) -> dict:
     """
     Shared inputs from TRL's layout of rollouts: prompts padded on the left, then completions padded on the right.
 
@@ -166,6 +170,8 @@ def rollout_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels
             Prompts and completions.
         labels (`torch.Tensor` of shape `(rows, time)`, bool):
             Completion tokens to score.
+        own_positions (`bool`, *optional*, defaults to `False`):
+            As in [`~papertrl.trainers.shared_prefix.Sharing`].
     """
     start = input_ids.shape[1] - labels.shape[1]
     positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
@@ -174,4 +180,4 @@ def rollout_inputs(input_ids: torch.Tensor, attention_mask: torch.Tensor, labels
         for part in (slice(start), slice(start, None))
         for value in (input_ids, attention_mask, positions)
     ]
-    return shared_inputs(*parts, labels)
+    return shared_inputs(*parts, labels, own_positions)

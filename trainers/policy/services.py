@@ -137,7 +137,22 @@ class PolicyServices(GRPOTrainer):
 
     def generate(self, inputs: list[dict[str, Any]], prompts: list[Any]) -> Generation:
         """One completion for each of this rank's rows, sampled, decoded and logged as TRL does; see [`rollout`]."""
-        return Generation.from_trl(inputs, prompts, super()._generate(prompts))
+        generation = Generation.from_trl(inputs, prompts, super()._generate(prompts))
+        if self.endings.stops is not None:
+            self._log_finished(generation)
+        return generation
+
+    def _log_finished(self, generation: Generation) -> None:
+        """Put what is finished by a stop string into the metrics in which TRL has just counted it as cut off."""
+        finished = self.endings.finished(generation.prompt_ids, generation.completion_ids)
+        lengths = map(sum, generation.tool_mask) if generation.tool_mask else map(len, generation.completion_ids)
+        rows = torch.tensor(list(zip(lengths, finished, strict=True)), device=self.accelerator.device)
+        lengths, finished = self.accelerator.gather(rows).float().unbind(1)
+        lengths = lengths[finished.bool()] if finished.any() else torch.zeros(1)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["completions/clipped_ratio"][-1] = 1 - finished.mean().item()
+        for name in ("mean", "min", "max"):
+            metrics[f"completions/{name}_terminated_length"][-1] = getattr(lengths, name)().item()
 
     def complete(
         self,

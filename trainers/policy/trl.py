@@ -1,18 +1,18 @@
 """Every method of TRL's that the policy family overrides: each hands its part of the step to the stages."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from ..shared_prefix import SharesPrompts
+from ..sharing import SharesPrompts
 from .batch import GenerationBatch
 from .batching import MicroBatches
 from .loss import policy_loss
 from .passes import score_tokens
 from .record import RolloutRecord
-from .sampling import fast_rollouts
+from .sampling import fast_rollouts, tokenizer_for_generate
 from .services import PolicyServices
 
 # First half of the SHA-256 of the source of what this family relies on in TRL; tests/test_pinned.py
@@ -76,7 +76,7 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
         self.generation = batch = GenerationBatch(self, inputs, self._makes_old_pass())
         try:
             batch.choose()
-            with self._reference_on(self):
+            with self._reference_on(self), self._own_masking():
                 output = super()._generate_and_score_completions(batch.inputs)
             record = batch.finish(output)
         finally:
@@ -103,6 +103,16 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
             if self._reference_only:
                 holder.beta = 0.0
 
+    @contextmanager
+    def _own_masking(self) -> Iterator[None]:
+        """Keep TRL from masking completions that end by a stop string as truncated; the batch masks by its record."""
+        kept = self.mask_truncated_completions
+        self.mask_truncated_completions = kept and self.endings.stops is None
+        try:
+            yield
+        finally:
+            self.mask_truncated_completions = kept
+
     def _generate(self, prompts):
         # Between TRL's preparation of prompts and its use of completions
         self.generation.sample(prompts)
@@ -117,9 +127,14 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
         if self.args.fast_rollouts and not (self.use_vllm or self.use_transformers_continuous_batching):
             fast = fast_rollouts(self, prompt_ids)
         if fast is None:
-            completion_ids, logprobs = super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+            by_generate = self.endings.stops is not None and not self.use_vllm
+            with tokenizer_for_generate(self) if by_generate else nullcontext():
+                completion_ids, logprobs = super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+                )
+            if by_generate:
+                # `generate` goes on with padding, of which TRL knows only what follows an end token
+                completion_ids = self.endings.stops.cut(prompt_ids, completion_ids)
         else:
             completion_ids, logprobs = fast.completion_ids, fast.logprobs
         self._sampled_tokens += sum(map(len, completion_ids))

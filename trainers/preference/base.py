@@ -199,7 +199,8 @@ class PreferenceTrainer(PreferenceStages, OnlineStages, OpenedDPOTrainer):
                 )
             self.data_collator = CarryingCollator(self.data_collator, self.collate)
         fields = ("log_probs", "entropy", "mean_logits", "is_top1")
-        self._set_up_sharing(1.0, False, (*fields, "log_sum_sq_probs") if self.use_weighting else fields)
+        fields = (*fields, "log_sum_sq_probs") if self.use_weighting else fields
+        self._set_up_sharing(1.0, False, fields, left_padded=False)
         self.attach_slots()
 
     def choosing_itself(self) -> bool:

@@ -80,8 +80,10 @@ class PreferenceServices:
         Everything that one pass says of completion tokens: what [`score_sequences`] has, as `log_probs`, and the
         per-token fields of the record, each `(rows, length − 1)`; with a mixture of experts `aux_loss`.
         """
-        if self._shares_prompts and model_inputs.keys() <= {"input_ids", "attention_mask"}:
-            inputs, place = pair_inputs(**model_inputs, completion_mask=completion_mask)
+        text = model_inputs.keys() <= {"input_ids", "attention_mask"}
+        if text and self.shares(model_inputs["input_ids"].shape[1]):
+            own_positions = self.sharing.own_positions
+            inputs, place = pair_inputs(**model_inputs, completion_mask=completion_mask, own_positions=own_positions)
             if inputs is not None:
                 return place(model(**inputs).scores)
         labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)

@@ -10,7 +10,10 @@ Scores = dict[str, torch.Tensor | None]
 
 
 def pair_inputs(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, completion_mask: torch.Tensor
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    completion_mask: torch.Tensor,
+    own_positions: bool = False,
 ) -> tuple[dict | None, Callable[[Scores], Scores]]:
     """
     Shared inputs from TRL's layout of pairs: each row a prompt and a completion, padded on the right.
@@ -18,6 +21,8 @@ def pair_inputs(
     Args:
         input_ids, attention_mask, completion_mask (`torch.Tensor` of shape `(rows, length)`):
             Token ids; 1 at real tokens; 1 at completion tokens, which follow the prompt's without a gap.
+        own_positions (`bool`, *optional*, defaults to `False`):
+            As in [`~papertrl.trainers.shared_prefix.Sharing`].
 
     Returns:
         The inputs, or `None` if a row has no prompt token that its completion could follow, and a function that puts
@@ -44,6 +49,7 @@ def pair_inputs(
         in_completion.to(attention_mask.dtype),
         after,
         in_completion,
+        own_positions,
     )
 
     def place(scores: Scores) -> Scores:

@@ -14,7 +14,7 @@ from ..answering import AnswersPrompts
 from ..method import MethodTrainer
 from ..reduction import mean_of_terms
 from ..reference import trainable_kept
-from ..shared_prefix import SharesPrompts
+from ..sharing import SharesPrompts
 from .collation import model_inputs_of
 from .record import PreferenceRecord
 
