@@ -15,6 +15,7 @@ from trl import get_peft_config, get_quantization_config
 
 from ..core.errors import Interrupted, JobError
 from ..hub.files import CURVES_FILE, METRICS_FILE, SAMPLES_FILE, START_MODEL
+from ..models.declared_size import check_declared_size
 from ..models.start import DEMONSTRATIONS, make_start_model, prepare_model
 from ..tasks import Task
 from ..trainers.description import describe
@@ -75,6 +76,7 @@ def _run(job: Job, command: list[str], stop: StopOnSignal) -> Finished:
     set_seed(job.training.seed)
     task = task_of(job.arguments)
     model_path, tokenizer = start_model(job, task, output, state)
+    check_declared_size(model_path, job.model.model_revision, job.training.model_init_kwargs)
     data = make_data(job, task, tokenizer, rewards)
     judges = judges_of(job, data, rewards, judge)
     trainer, held_out = make_trainer(job, data, judges, model_path, tokenizer, output, stop)
