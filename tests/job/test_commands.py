@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -159,7 +160,8 @@ def test_a_class_of_the_user(tmp_path, capsys):
         (["--method", "sft", "--use_peft"], ["SupervisedTrainer", "completion"]),
     ],
 )
-def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(argv, parts, tmp_path):
+def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(argv, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr("papertrl.job.run.DEMONSTRATIONS", 64)
     grpo = {} if not argv else {"num_generations": None}
     text = dry_run(parse(choose([*flags(start_model_steps=1, **grpo), *argv])))
     for part in (*parts, "64 rows of addition", "first step:", "would go to 'runs/", "Row 1\n  prompt: '"):
@@ -222,16 +224,11 @@ def test_the_package_runs_as_a_module(monkeypatch):
     assert finished.returncode == 0 and finished.stdout.strip()
 
 
-# --- Settings that do nothing -----------------------------------------------------------------------------------------
-
-
 def test_settings_without_effect_are_told(tmp_path, tiny_path, caplog):
     def rewards(completions, **kwargs):
         return [0.0] * len(completions)
 
     data = [{"prompt": "1+1="}] * 8
-    from datasets import Dataset
-
     given = settings("policy", tmp_path)
     with caplog.at_level(logging.WARNING):
         args = ConstrainedRlhfGRPOTrainer.config_class(**given | {"fp16": True, "bf16": False})
