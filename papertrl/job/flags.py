@@ -22,7 +22,7 @@ def has_flag(argv: list[str], name: str) -> bool:
 
 def without_flags(argv: list[str], names: Iterable[str]) -> list[str]:
     """Arguments without these flags and their values."""
-    kept, dropping = [], False
+    names, kept, dropping = set(names), [], False
     for arg in argv:
         if arg.startswith("--"):
             dropping = flag_of(arg) in names

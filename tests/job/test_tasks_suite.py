@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from papertrl.cli import USAGE
+from papertrl.commands.train import USAGE
 from papertrl.job.arguments import JobArguments
 from papertrl.models.tiny import tiny_tokenizer
 from papertrl.tasks import (

@@ -18,7 +18,7 @@ PROMPT = "go:"
 @pytest.fixture(scope="session")
 def app():
     """The Space's `app` module, imported as Python does when it runs the file."""
-    pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'papertrl[space]'")
+    pytest.importorskip("gradio", reason="the Space needs gradio: pip install gradio")
     sys.path.insert(0, str(DEMO))
     yield importlib.import_module("app")
     sys.path.remove(str(DEMO))

@@ -14,9 +14,9 @@ import pytest
 from .conftest import DEMO, NASTY, PROMPT
 
 playwright = pytest.importorskip(
-    "playwright.sync_api", reason="the browser test needs playwright: pip install 'papertrl[space-test]'"
+    "playwright.sync_api", reason="the browser test needs playwright: pip install gradio playwright"
 )
-pytest.importorskip("gradio", reason="the Space needs gradio: pip install 'papertrl[space-test]'")
+pytest.importorskip("gradio", reason="the Space needs gradio: pip install gradio playwright")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
 

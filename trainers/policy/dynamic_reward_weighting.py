@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 
 from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
@@ -18,6 +19,8 @@ from ...models.observation import decoder_layers
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .record import RolloutRecord, ScoredBatch
+
+logger = get_logger(__name__)
 
 # The released code takes the gradients of layers 10 to 25 of 36
 _MIDDLE = (10 / 36, 26 / 36)
@@ -144,6 +147,11 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         self._accumulated = 0
         if kind == "none":
             return
+        if kind == "gradient" and len(self.reward_func_names) < 2:
+            logger.warning(
+                "`weighting_mode='gradient'` needs two reward functions or more to weigh, got "
+                f"{self.reward_func_names}: its weight stays 1."
+            )
         if bool((self.reward_weights <= 0).any()):
             raise ValueError(
                 f"`reward_weights` must be positive to be weighed dynamically, got {self.reward_weights.tolist()}. "

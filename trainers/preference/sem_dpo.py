@@ -27,7 +27,7 @@ class SemDPOConfig(PreferenceConfig):
     )
     sem_encoder: str = method_field(
         "wordllama",
-        "Frozen encoder of texts: `wordllama` (`pip install 'papertrl[sem]'`, no network), `characters`, which counts "
+        "Frozen encoder of texts: `wordllama` (`pip install wordllama`, no network), `characters`, which counts "
         "them, or the id of a model of sentence-transformers. The paper has CLIP's, for prompts of images. Not used "
         "for datasets with a column `sem_distance`, nor with the trainer's argument `sem_encoder`.",
     )
