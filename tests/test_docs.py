@@ -175,6 +175,8 @@ def test_adding_a_method_works_as_told(declare, policy_path, tmp_path):
     ).test_weigh_positive_is_the_papers_rule()
     trainer_class, config = papertrl.WReinforceGRPOTrainer, papertrl.WReinforceGRPOConfig
     assert compose("w_reinforce") is trainer_class
+    claim = run_as_module(sources["claims/w_reinforce.py"], "claims/w_reinforce.py").CLAIM
+    assert claim.method == "w_reinforce" and claim.family is trainer_class.family
     recipe = yaml.safe_load(blocks("docs/adding_a_method.md", "yaml")[0])
     assert recipe.pop("method") == "w_reinforce"
     config(output_dir=str(tmp_path), use_cpu=True, **recipe)
@@ -200,8 +202,11 @@ def test_adding_a_method_works_as_told(declare, policy_path, tmp_path):
 
 def test_adding_a_component_works_as_told(declare, policy_path, tmp_path):
     assert declare("docs/adding_a_component.md") == "sgdr"
-    for path, source in sources_of("docs/adding_a_component.md").items():
-        module = run_as_module(source, path)
+    sources = sources_of("docs/adding_a_component.md")
+    module = run_as_module(sources["optimizers/sgdr.py"], "optimizers/sgdr.py")
+    oracle = run_as_module(sources["tests/optimizers/test_sgdr.py"], "tests/optimizers/test_sgdr.py")
+    for period, growth in ((1, 1), (3, 1), (2, 3)):
+        oracle.test_cycles_restart_and_grow(period, growth)
     (example,) = [e for e in doctest.DocTestFinder(recurse=False).find(module.Sgdr, module=module) if e.examples]
     assert doctest.DocTestRunner().run(example).failed == 0
     made = compose("grpo", "sgdr")
@@ -210,9 +215,17 @@ def test_adding_a_component_works_as_told(declare, policy_path, tmp_path):
 
 
 def test_links_between_pages_lead_somewhere():
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for page in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_is_in_the_index_with_a_sentence():
+    rows = dict(
+        re.findall(r"^\| \[(\w+\.md)\]\(\1\) \| (.+) \|$", (ROOT / "docs/README.md").read_text(), re.MULTILINE)
+    )
+    assert set(rows) == {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert all(len(told) > 20 for told in rows.values())
 
 
 def test_bases_are_exported():

@@ -16,10 +16,23 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import gradio as gr  # noqa: E402
-from engine import FRAME, Answer, Engine, Settings, Unavailable, load, next_tokens, parting, stream, together  # noqa: E402
+from engine import (  # noqa: E402
+    FRAME,
+    LONGEST_PROMPT,
+    Answer,
+    Engine,
+    Settings,
+    Unavailable,
+    load,
+    next_tokens,
+    parting,
+    stream,
+    together,
+)
 from look import THEME, page_head, token_bars  # noqa: E402
 from report import (  # noqa: E402
     Report,
+    chip_labels,
     curve_table,
     curve_title,
     first_curves,
@@ -36,6 +49,16 @@ AT_ONCE = 2
 WAITING = 32
 GUIDANCE_PAPER = "arXiv:2508.21016"
 EMPTY = "Write a prompt first."
+TOO_LONG = f"The prompt is longer than {LONGEST_PROMPT:,} characters, the most that this page takes. Shorten it."
+# The page takes no files
+LARGEST_UPLOAD = "1mb"
+# Where the answers are below the edge of the screen, as on a phone, they are brought into view
+SHOW_ANSWERS = """() => {{
+  const answers = document.getElementById("{name}-answers");
+  const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (answers && answers.getBoundingClientRect().top > 0.6 * innerHeight)
+    answers.scrollIntoView({{behavior: still ? "auto" : "smooth", block: "start"}});
+}}"""
 
 
 @dataclass
@@ -65,6 +88,13 @@ def open_page(model: str | None, base_model: str | None = None, run: dict[str, A
 def notice(text: str, kind: str = "note") -> str:
     """A line above the answers; nothing where there is nothing to say."""
     return f'<p class="notice {kind}" role="status">{plain(text)}</p>' if text else ""
+
+
+def refusal(prompt: str | None) -> str:
+    """Why a prompt is not answered; empty if it is."""
+    if not (prompt or "").strip():
+        return EMPTY
+    return TOO_LONG if len(prompt) > LONGEST_PROMPT else ""
 
 
 def statistics(answer: Answer) -> str:
@@ -109,8 +139,8 @@ def answering(run: Callable[[Settings], Iterator[list[Answer]]], sides: int) -> 
     def handler(prompt, *inputs):
         *inputs, length, temperature, top_p, seed, chat = inputs
         blank = [""] * 2 * sides
-        if not (prompt or "").strip():
-            yield [notice(EMPTY, "warn"), *blank]
+        if refused := refusal(prompt):
+            yield [notice(refused, "warn"), *blank]
             return
         settings = Settings(int(length), temperature, top_p, int(seed or 0), bool(chat))
         try:
@@ -147,8 +177,8 @@ def bars_with(engine: Engine) -> Callable:
     """Handler that shows the next token where the two models differ most."""
 
     def handler(prompt: str, scale: float, chat: bool) -> str:
-        if not (prompt or "").strip():
-            return notice(EMPTY)
+        if refused := refusal(prompt):
+            return notice(refused)
         place = parting(engine, prompt, bool(chat))
         return token_bars(place.prefix, next_tokens(engine, place, round(scale, 4)), scale)
 
@@ -181,11 +211,18 @@ def prompt_panel(page: Page, name: str) -> gr.Textbox:
         placeholder="What shall the model go on from?",
         lines=2,
         max_lines=8,
+        max_length=LONGEST_PROMPT,
         elem_id=f"{name}-prompt",
         elem_classes="prompt",
     )
     if len(prompts) > 1:
-        gr.Examples([[text] for text in prompts], prompt, label="From the run", elem_id=f"{name}-examples")
+        gr.Examples(
+            [[text] for text in prompts],
+            prompt,
+            label="From the run",
+            elem_id=f"{name}-examples",
+            example_labels=chip_labels(prompts),
+        )
     return prompt
 
 
@@ -216,11 +253,13 @@ def buttons(name: str, label: str) -> tuple[gr.Button, gr.Button]:
 
 
 def wire(
-    start: gr.Button, stop: gr.Button, prompt: gr.Textbox, handler: Callable, inputs: list, outputs: list
+    name: str, start: gr.Button, stop: gr.Button, prompt: gr.Textbox, handler: Callable, inputs: list, outputs: list
 ) -> None:
     """Both ways to start, and the one to stop."""
+    starts = [start.click, prompt.submit]
+    gr.on(starts, None, None, None, js=SHOW_ANSWERS.format(name=name), api_visibility="private")
     event = gr.on(
-        [start.click, prompt.submit],
+        starts,
         handler,
         [prompt, *inputs],
         outputs,
@@ -233,20 +272,23 @@ def wire(
     stop.click(pause, None, None, cancels=[event], **quietly).then(stopped, figures, figures, **quietly)
 
 
-def compare_tab(page: Page) -> None:
+def compare_tab(page: Page) -> gr.Textbox:
+    """Both answers to one prompt, which is returned."""
     engine = page.engine
     gr.HTML('<p class="lead">One prompt, one seed, two models: what did training change?</p>')
     prompt = prompt_panel(page, "compare")
     start, stop = buttons("compare", "Ask both" if engine.base else "Ask")
     settings = settings_panel(engine)
     warning = gr.HTML(notice(engine.no_base), elem_id="compare-notice")
-    with gr.Row(elem_classes="pair"):
+    with gr.Row(elem_classes="pair", elem_id="compare-answers"):
         base = answer_panel("Base", engine.base.name, "base") if engine.base else ()
         trained = answer_panel("Trained", engine.trained.name, "trained")
-    wire(start, stop, prompt, compare_with(engine), settings, [warning, *base, *trained])
+    wire("compare", start, stop, prompt, compare_with(engine), settings, [warning, *base, *trained])
+    return prompt
 
 
-def guidance_tab(page: Page) -> None:
+def guidance_tab(page: Page, tab: gr.Tab, asked: gr.Textbox) -> None:
+    """The answer of a mixture; its prompt follows the one that was asked."""
     engine = page.engine
     gr.HTML(
         '<p class="lead">Turn training up and down. At each token, the two models\' log-probabilities are mixed with '
@@ -265,16 +307,18 @@ def guidance_tab(page: Page) -> None:
     start, stop = buttons("guidance", "Ask")
     settings = settings_panel(engine)
     warning = gr.HTML(elem_id="guidance-notice")
-    with gr.Row(elem_classes="pair"):
+    with gr.Row(elem_classes="pair", elem_id="guidance-answers"):
         answer = answer_panel("Guided", f"{engine.base.name} → {engine.trained.name}", "guided")
         with gr.Column(min_width=280, elem_classes="answer bars"):
             gr.HTML('<p class="who"><b>Where they part</b> <span>next token, where the models differ most</span></p>')
             bars = gr.HTML('<p class="stats">…</p>', elem_id="bars")
-    wire(start, stop, prompt, guide_with(engine), [scale, *settings], [warning, *answer])
+    wire("guidance", start, stop, prompt, guide_with(engine), [scale, *settings], [warning, *answer])
+    # In the browser, without asking the server at every key
+    asked.change(None, asked, prompt, js="text => text", api_visibility="private")
     handler, inputs = bars_with(engine), [prompt, scale, settings[-1]]
     quietly = {"show_progress": "hidden", "concurrency_limit": AT_ONCE}
     # Not at every key: the models are asked again for each new prompt
-    events = [scale.change, prompt.submit, prompt.blur, start.click, gr.context.Context.root_block.load]
+    events = [scale.change, prompt.submit, prompt.blur, start.click, tab.select]
     gr.on(events, handler, inputs, bars, trigger_mode="always_last", **quietly)
 
 
@@ -326,6 +370,9 @@ def curves_panel(report: Report) -> None:
                     title=curve_title(name) if name else None,
                     x_title="optimizer step",
                     y_title=" ",
+                    # Short labels, which do not meet on a narrow screen: 2k, 0.125
+                    x_axis_format="~s",
+                    y_axis_format=".3~g",
                     height=240,
                     min_width=320,
                     visible=name is not None,
@@ -385,11 +432,13 @@ def build(page: Page) -> gr.Blocks:
         gr.HTML(page_head(page.report, page.model))
         if page.engine is None:
             missing_page(page)
-        tabs = {"Training": training_tab, "About": about_tab}
-        if page.engine is not None:
-            tabs = {"Compare": compare_tab, "Guidance": guidance_tab, **tabs}
         with gr.Tabs(overflow_behavior="wrap"):
-            for name, fill in tabs.items():
+            if page.engine is not None:
+                with gr.Tab("Compare", id="compare"):
+                    asked = compare_tab(page)
+                with gr.Tab("Guidance", id="guidance") as tab:
+                    guidance_tab(page, tab, asked)
+            for name, fill in {"Training": training_tab, "About": about_tab}.items():
                 with gr.Tab(name, id=name.lower()):
                     fill(page)
     return demo.queue(max_size=WAITING)
@@ -433,6 +482,7 @@ def main(argv: list[str] | None = None) -> None:
         css_paths=HERE / "style.css",
         footer_links=["gradio", "settings"],
         ssr_mode=False,
+        max_file_size=LARGEST_UPLOAD,
     )
 
 

@@ -33,6 +33,8 @@ UNWANTED = ["checkpoint-*/*", "*/checkpoint-*/*", "onnx/*", "*.onnx"]
 # So that one visitor's prompt does not keep everybody else waiting
 LONGEST_CONTEXT = 4096
 CHARACTERS_PER_TOKEN = 16
+# What a prompt may be sent as; beyond it, a visitor would only fill the machine's memory
+LONGEST_PROMPT = 250_000
 FRAME = 0.05
 
 
@@ -346,11 +348,15 @@ class Parting:
     trained: torch.Tensor
 
 
-@lru_cache(maxsize=64)
 def parting(engine: Engine, text: str, chat: bool, steps: int = 12) -> Parting:
     """Follow the trained model's likeliest answer to the token at which it is furthest from the base model."""
+    return _parting(engine, tuple(engine.trained.encode(text, chat, steps)[0]), steps)
+
+
+# By tokens, of which a prompt has a bounded number, and not by the text that a visitor sent
+@lru_cache(maxsize=64)
+def _parting(engine: Engine, ids: tuple[int, ...], steps: int) -> Parting:
     side = engine.trained
-    ids = side.encode(text, chat, steps)[0]
     sequence = torch.tensor([ids], device=side.voice.model.device)
     readers = engine.base.voice.begin(), side.voice.begin()
     best, found = -1.0, None

@@ -28,6 +28,7 @@ NO_CURVES = ("step", "epoch", "learning_rate", "total_flos", "train_runtime", "t
 SHOWN_CURVES = 4
 MOST_POINTS = 400
 SHOWN_SAMPLES = 8
+CHIP_LENGTH = 40
 
 
 @dataclass
@@ -215,6 +216,17 @@ def prompt_text(prompt: Any) -> str:
     if isinstance(prompt, list) and prompt and isinstance(prompt[-1], dict):
         prompt = prompt[-1].get("content")
     return prompt if isinstance(prompt, str) else ""
+
+
+def chip_labels(prompts: list[str]) -> list[str]:
+    """Labels of example prompts that tell them apart: what they share at their beginning is left out."""
+    texts = [" ".join(prompt.split()) for prompt in prompts]
+    characters = enumerate(zip(*texts, strict=False))
+    shared = next((i for i, column in characters if len(set(column)) > 1), min(map(len, texts)))
+    start = texts[0].rfind(" ", 0, shared) + 1 if shared > CHIP_LENGTH // 2 else 0
+    labels = [("…" if start else "") + text[start:] for text in texts]
+    short = [label if len(label) <= CHIP_LENGTH else f"{label[: CHIP_LENGTH - 1].rstrip()}…" for label in labels]
+    return short if len(set(short)) == len(short) else [f"{i}. {label}" for i, label in enumerate(short, start=1)]
 
 
 def rows_html(rows: dict[str, str], label: str) -> str:

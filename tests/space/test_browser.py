@@ -200,6 +200,16 @@ def test_guidance_slider(open_space, artefact):
     artefact(page, "guidance")
 
 
+def test_guidance_follows_the_prompt_that_was_compared(open_space):
+    page = open_space()
+    page.locator("#compare-prompt textarea").fill("follow:")
+    wait_for(page, lambda: page.locator("#guidance-prompt textarea").input_value() == "follow:")
+    page.locator("#compare-examples button").nth(1).click()
+    wait_for(page, lambda: NASTY in page.locator("#guidance-prompt textarea").input_value())
+    open_tab(page, "Guidance")
+    wait_for(page, lambda: "w = 1" in page.locator("#bars").inner_text())
+
+
 def test_curves_and_samples(open_space, artefact):
     page = open_space()
     open_tab(page, "Training")
@@ -252,6 +262,8 @@ def test_phone(open_space, artefact):
     page = open_space(PHONE)
     ask(page, PROMPT)
     wait_for(page, finished, page, "base")
+    # The answers have come into view
+    wait_for(page, lambda: page.locator("#answer-base").bounding_box()["y"] < PHONE["height"] / 2)
     base, trained = (page.locator(f"#answer-{kind}").bounding_box() for kind in ("base", "trained"))
     assert trained["y"] > base["y"] + base["height"], "the columns stand side by side"
     for tab in ("Compare", "Guidance", "Training", "About"):

@@ -173,6 +173,41 @@ def test_empty_prompt(app, page, prompt):
     assert "Write a prompt first" in app.bars_with(page.engine)(prompt, 1.6, False)
 
 
+def test_memory_is_bounded_whatever_is_sent(app, page):
+    huge = "a" * 50_000_000
+    for handler, inputs in ((app.compare_with(page.engine), ()), (app.guide_with(page.engine), (1.6,))):
+        state, frames = last(handler, huge, *inputs, *SETTINGS)
+        assert "longer than 250,000 characters" in state[0] and not any(state[1:]) and frames == 1
+    assert "longer than" in app.bars_with(page.engine)(huge, 1.6, False)
+    # What is kept of a prompt is its tokens, as many as the model reads
+    engine = sys.modules["engine"]
+    kept = engine._parting.cache_info().currsize
+    for start in "bc":
+        engine.parting(page.engine, start * 200_000 + "a" * 40_000, False)
+    assert engine._parting.cache_info().currsize == kept + 1
+
+
+def test_no_file_is_taken(app, monkeypatch, run_folder):
+    launched = {}
+    monkeypatch.setattr("gradio.Blocks.launch", lambda self, **kwargs: launched.update(kwargs))
+    app.main(["--model", str(run_folder)])
+    assert launched["max_file_size"] == "1mb"
+
+
+def test_example_chips_are_told_apart(app):
+    report = sys.modules["report"]
+    shared = "Answer the question below step by step and put the result in a box: "
+    for prompts in (
+        ["1+2=", "3+4="],
+        [f"{shared}{i}+2=" for i in range(4)],
+        [f"{shared}{'word ' * 20}{i}" for i in range(3)],
+        [f"{'x' * 100}{i}" for i in range(3)],
+    ):
+        labels = report.chip_labels(prompts)
+        assert len(set(labels)) == len(prompts) and all(len(label) <= report.CHIP_LENGTH + 3 for label in labels)
+    assert report.chip_labels([f"{shared}1+2=", f"{shared}3+4="]) == ["…1+2=", "…3+4="]
+
+
 @pytest.mark.parametrize("length", [2500, 200_000])
 def test_long_prompt_loses_its_beginning_visibly(app, page, length):
     side = page.engine.trained
