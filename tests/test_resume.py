@@ -10,6 +10,7 @@ from papertrl.core.compose import compose
 from papertrl.core.errors import JobError
 from papertrl.trainers import checkpoints
 from papertrl.trainers.checkpoints import begin_branch, last_complete_checkpoint
+from papertrl.trainers.preference.online.files import RoundFiles
 
 from .harness.distributed_policy import keyed_completions
 from .harness.table import active_config, build, history, model_path, weights
@@ -241,3 +242,20 @@ def test_a_full_disk_names_the_checkpoint_to_go_on_from(policy_path, tmp_path, m
     begin_branch(tmp_path, tmp_path / "checkpoint-1")
     assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-7"]
     assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_rounds_of_steps_that_are_left_behind_are_sampled_anew(tmp_path):
+    for iteration, step in enumerate((0, 3, 6)):
+        folder = tmp_path / "rounds" / f"round_{iteration}"
+        folder.mkdir(parents=True)
+        (folder / "provenance.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 3}', encoding="utf-8")
+    rounds = RoundFiles(str(tmp_path))
+    rounds.take_over(tmp_path / "checkpoint-3")
+    assert [rounds.written(i) for i in range(3)] == [True, True, False]
+    # Those of a run elsewhere as well, which keeps them
+    elsewhere = RoundFiles(str(tmp_path / "new"))
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": 1}', encoding="utf-8")
+    elsewhere.take_over(tmp_path / "checkpoint-3")
+    assert [elsewhere.written(i) for i in range(3)] == [True, False, False] and rounds.written(1)

@@ -107,6 +107,7 @@ def _write_branch(output_dir: str | Path, folders: Iterable[Path]) -> None:
     if list(paths) == [folder.resolve() for folder in read_branch(root) or []] and (root / BRANCH_FILE).exists():
         return
     names = [str(path.relative_to(root)) if path.is_relative_to(root) else str(path) for path in paths]
+    root.mkdir(parents=True, exist_ok=True)
     partial = root / f"{BRANCH_FILE}.tmp"
     partial.write_text(json.dumps(names) + "\n", encoding="utf-8")
     partial.replace(root / BRANCH_FILE)

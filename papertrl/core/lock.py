@@ -28,10 +28,15 @@ def owned(folder: Path) -> Iterator[None]:
     Raises:
         [`~papertrl.core.errors.JobError`]: if a process that lives owns it, naming it and what to do.
     """
-    file = folder / LOCK_FILE
-    with FileLock(folder / f"{LOCK_FILE}.guard"):
+    file, guard = folder / LOCK_FILE, FileLock(folder / f"{LOCK_FILE}.guard")
+    # Some network file systems have no locks; then only runs that begin in the same instant are not told apart
+    with suppress(NotImplementedError):
+        guard.acquire()
+    try:
         refuse_if_owned(folder, "Wait for its end or stop it, or choose another folder.")
         file.write_text(json.dumps(_this_process()), encoding="utf-8")
+    finally:
+        guard.release()
     ended = threading.Event()
     thread = threading.Thread(target=_beat, args=(file, ended), daemon=True)
     thread.start()

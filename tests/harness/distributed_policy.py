@@ -59,6 +59,8 @@ def brevity(completions, **kwargs):
 
 # Runs on more than one reward
 REWARDS = {"gradient_weighting": [digit_parity, brevity]}
+# Saved half way, and resumed by the other number of processes
+RESUMED = "combined"
 # Runs that compare micro-batches: as many of them, with the same rows, on either number of processes
 ALIKE = {"accumulated"}
 
@@ -83,15 +85,16 @@ def keyed_completions(self, prompt_ids, *args, **kwargs):
     return [row[: self.generation_config.max_new_tokens] for row in rows], None
 
 
-def run(folder: Path, model: str, world: int) -> None:
+def run(folder: Path, model: str, world: int, other: Path) -> None:
     for label in RUNS:
         run_one(folder, model, world, label)
+    run_one(folder, model, world, RESUMED, other / RESUMED / "checkpoint-2")
     # While a wrapped model is alive, ending the process group can block for ever
     gc.collect()
     PartialState().destroy_process_group()
 
 
-def run_one(folder: Path, model: str, world: int, label: str) -> None:
+def run_one(folder: Path, model: str, world: int, label: str, resumed: Path | None = None) -> None:
     names, values = RUNS[label]
     trainer_class = compose(*map(load_trainer, names))
     trainer_class = type(trainer_class.__name__, (trainer_class,), {"_generate_single_turn": keyed_completions})
@@ -99,21 +102,25 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
     args = active_config(
         trainer_class,
         names,
-        folder / label,
+        folder / (label if resumed is None else "resumed"),
         **values,
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=16 // world // micro_batch,
         optim="sgd",
         learning_rate=0.1,
         max_steps=4,
+        save_strategy="steps" if label == RESUMED else "no",
+        save_steps=2,
     )
     trainer = trainer_class(
         model, REWARDS.get(label, [reward_of(trainer_class)]), args, train_dataset=dataset("policy")
     )
     if label in ALIKE:
         trainer.batching = InOrder(**vars(trainer.batching))
-    trainer.train()
+    assert trainer.accelerator.num_processes == world
+    trainer.train(resume_from_checkpoint=resumed and str(resumed))
     if trainer.accelerator.is_main_process:
+        label = label if resumed is None else "resumed"
         folder.mkdir(parents=True, exist_ok=True)
         save_file(weights(trainer), folder / f"{label}.safetensors")
         (folder / f"{label}.json").write_text(json.dumps(history(trainer)))
@@ -121,4 +128,4 @@ def run_one(folder: Path, model: str, world: int, label: str) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    run(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), Path(sys.argv[4]))

@@ -1,6 +1,7 @@
 """Program of `test_distributed`: short runs whose logs and final weights go to folders."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -33,6 +34,7 @@ def run(root: Path, batch_size: int) -> None:
             gradient_accumulation_steps=2,
             **options,
         )
+        assert trainer.accelerator.num_processes == int(os.environ.get("WORLD_SIZE", "1"))
         trainer.train()
         if trainer.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
 """What must not cost a model, and who may write to a folder."""
 
 import io
-import itertools
 import json
 import os
 import shutil
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,7 +179,7 @@ def test_no_report_costs_the_others_or_the_model(failing, small_run, tmp_path, m
     """The run has all of its steps, but was killed before it wrote what they led to."""
     copy = tmp_path / "run"
     shutil.copytree(small_run, copy)
-    for name in ("model.safetensors", *itertools.chain(*REPORTS.values())):
+    for name in ("model.safetensors", *chain.from_iterable(REPORTS.values())):
         (copy / name).unlink()
     for name in failing:
         place = "papertrl.trainers.method" if name == "create_card" else "papertrl.job.run"

@@ -11,15 +11,16 @@ from safetensors.torch import load_file
 
 from papertrl.core.catalogue import DECLARATIONS
 
-from ..harness.distributed_policy import RUNS, run
+from ..harness.distributed_policy import RESUMED, RUNS, run, run_one
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, policy_path):
     folder = tmp_path_factory.mktemp("distributed")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    run_one(folder / "one", policy_path, 1, RESUMED)
     finished = subprocess.run(
-        [*launch, "-m", "tests.harness.distributed_policy", str(folder / "two"), policy_path, "2"],
+        [*launch, "-m", "tests.harness.distributed_policy", folder / "two", policy_path, "2", folder / "one"],
         cwd=Path(__file__).parents[2],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -27,7 +28,7 @@ def results(tmp_path_factory, policy_path):
         timeout=900,
     )
     assert finished.returncode == 0, finished.stderr[-4000:]
-    run(folder / "one", policy_path, 1)
+    run(folder / "one", policy_path, 1, folder / "two")
     return folder
 
 
@@ -54,3 +55,17 @@ def test_two_processes_equal_one(label, results):
     got, expected = (load_file(results / n / f"{label}.safetensors") for n in ("two", "one"))
     for key, value in expected.items():
         assert (got[key] - value).abs().max() < 1e-5, key
+
+
+@pytest.mark.parametrize("processes", ["one", "two"])
+def test_another_number_of_processes_goes_on_alike(processes, results):
+    """What it resumes was saved by the other number of processes."""
+    got = load_file(results / processes / "resumed.safetensors")
+    for key, value in load_file(results / "one" / f"{RESUMED}.safetensors").items():
+        assert (got[key] - value).abs().max() < 1e-5, key
+    log, whole = (json.loads((results / folder / f"{label}.json").read_text()) for folder, label in (
+        (processes, "resumed"), ("one", RESUMED)))  # fmt: skip
+    signal = DECLARATIONS["gain_rl"].signal
+    assert [entry[signal] for entry in log if signal in entry] == pytest.approx(
+        [entry[signal] for entry in whole if signal in entry]
+    )

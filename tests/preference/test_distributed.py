@@ -108,6 +108,7 @@ def train(tiny_path: str, out: str, world: int) -> None:
             max_grad_norm=0.0,
             **options,
         )
+        assert trainer.accelerator.num_processes == world
         trained = {n for n, p in trainer.model.named_parameters() if p.requires_grad}
         start = {n: w for n, w in weights(trainer).items() if n in trained}
         trainer.train()

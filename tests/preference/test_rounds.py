@@ -535,6 +535,7 @@ def train(tiny_path: str, out: str, world: int) -> None:
         tiny_path, tiny_tokenizer(), f"{out}_run", per_device_train_batch_size=2 // world, online_reference="previous",
         **RANKS,
     )  # fmt: skip
+    assert trainer.accelerator.num_processes == world
     trainer.train()
     if trainer.accelerator.is_main_process:
         torch.save({"weights": weights(trainer), "history": history(trainer)}, out)

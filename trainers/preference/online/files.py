@@ -3,6 +3,7 @@
 import datetime
 import json
 import shutil
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from datasets import Dataset
 from trl.trainer.utils import get_config_model_id
 
 from ....hub.files import PROVENANCE, ROUNDS
+from ...checkpoints import STATE_FILE
 from .candidates import Group, candidates_table
 
 
@@ -68,10 +70,19 @@ class RoundFiles:
         return pairs, json.loads((folder / PROVENANCE).read_text(encoding="utf-8"))
 
     def take_over(self, checkpoint: str | Path) -> None:
-        """Copy the rounds of the run that a checkpoint is of, unless there are some here."""
+        """
+        Take the rounds of the run that a checkpoint is of, unless there are some here, and drop later ones: the run
+        may not come to the same weights again.
+        """
         theirs = Path(checkpoint).parent / ROUNDS
         if theirs.is_dir() and not self.root.exists():
             shutil.copytree(theirs, self.root)
+        # One that is damaged is refused later
+        with suppress(OSError, ValueError, KeyError):
+            step = json.loads((Path(checkpoint) / STATE_FILE).read_text(encoding="utf-8"))["global_step"]
+            for file in self.root.glob(f"round_*/{PROVENANCE}"):
+                if json.loads(file.read_text(encoding="utf-8"))["step"] > step:
+                    shutil.rmtree(file.parent)
 
     def check_new(self) -> None:
         """
