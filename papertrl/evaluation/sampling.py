@@ -207,8 +207,12 @@ def generate(
     ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in prompt_ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=model.device)
     output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
-    rows, ends = output[:, width:].tolist(), config.eos_token_id
-    return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in rows]
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    # What a stop string ended is filled up
+    over = {*ends, config.pad_token_id}
+    rows = output[:, width:].tolist()
+    lengths = [next((i + (t in ends) for i, t in enumerate(row) if t in over), len(row)) for row in rows]
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
 
 
 @torch.no_grad()

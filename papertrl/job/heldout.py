@@ -96,7 +96,8 @@ class HeldOut(TrainerCallback):
     """
     Answers the held-out prompts during training and logs the mean score as `held_out/<measure>`.
 
-    Greedy decoding draws no random numbers, so that looking does not change the run.
+    Prompts, end tokens, options and rewards are those of training; only the draw is not. Greedy decoding draws no
+    random numbers, so that looking does not change the run.
 
     Args:
         problems (`Dataset`):

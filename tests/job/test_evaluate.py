@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from papertrl import cli
 from papertrl.core.errors import JobError
-from papertrl.evaluation import Answered, completion_logps, load_model, measures, table
+from papertrl.evaluation import Answered, completion_logps, load_model, measures, sampling, table
 from papertrl.evaluation.models import short_names
-from papertrl.evaluation.sampling import complete, in_batches
+from papertrl.evaluation.sampling import answer_options, complete, in_batches
 from papertrl.job import evaluate as evaluate
 
 
@@ -44,6 +44,30 @@ def test_a_run_is_evaluated_on_its_own_task_and_the_card_shows_it(small_run, tmp
     assert 1 < prompts < 16
     assert "accuracy" in capsys.readouterr().out
     assert evaluation_table(small_run, "me/run")["this"]["accuracy"] == measured["accuracy"]["value"]
+
+
+def test_a_run_and_its_evaluation_agree(small_run, tmp_path, capsys):
+    """On the same prompts, ends and lengths; a number of prompts or a seed of one's own asks others."""
+    assert run(small_run, "--output_dir", tmp_path) == 0
+    told = json.loads((small_run / "run.json").read_text())
+    result = numbers(tmp_path)
+    assert result["dataset"] == {"name": "addition", "kwargs": {"digits": 1}, "seed": 42, "prompts": 8}
+    assert result["models"][small_run.name]["accuracy"]["value"] == told["scores"]["after"]
+    assert f"The run measured accuracy {told['scores']['after']:.3f} on these prompts" in capsys.readouterr().out
+    assert run(small_run, "--data_seed", 1, "--output_dir", tmp_path) == 0
+    assert numbers(tmp_path)["dataset"]["prompts"] > 8 and "The run measured" not in capsys.readouterr().out
+
+
+def test_a_stop_string_of_training_ends_answers_of_any_backend(model, monkeypatch):
+    prompts = model.tokenizer(["1+1=", "12+34="])["input_ids"]
+    free = complete(model, prompts, 1, 8, 0.0, 1.0, 0)
+    stop = model.tokenizer.decode(free[0][0][2])
+    options = answer_options({"generation_kwargs": {"stop_strings": [stop], "temperature": 9.0}})
+    assert options == {"stop_strings": [stop]}
+    fast = complete(model, prompts, 1, 8, 0.0, 1.0, 0, options=options)
+    assert 0 < len(fast[0][0]) <= 3 and model.tokenizer.decode(fast[0][0]).endswith(stop)
+    monkeypatch.setattr(sampling, "supported", lambda *args: "no")
+    assert complete(model, prompts, 1, 8, 0.0, 1.0, 0, options=options) == fast
 
 
 def test_several_models_samples_and_kept_completions(small_run, tmp_path, monkeypatch):

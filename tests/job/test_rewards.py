@@ -1,4 +1,6 @@
 import asyncio
+import functools
+import sys
 
 import numpy as np
 import pytest
@@ -6,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papertrl.rewards import RewardError, checked, exact_match, last_number_match, load_reward
+from papertrl.rewards import RewardError, call_rewards, checked, exact_match, last_number_match, load_reward
+from papertrl.rewards.checked import reward_name
 
 COMPLETIONS = ["1", "2", "3"]
 
@@ -63,6 +66,93 @@ def test_coroutine_functions_are_checked():
         asyncio.run(checked(slow)(completions=COMPLETIONS))
 
 
+class Sync:
+    def __call__(self, completions, bonus=0.0, **kwargs):
+        if completions == ["exit"]:
+            sys.exit(3)
+        return [len(c) + bonus for c in completions]
+
+    def method(self, completions, **kwargs):
+        return self(completions)
+
+
+class Async(Sync):
+    async def __call__(self, completions, bonus=0.0, **kwargs):
+        await asyncio.sleep(0)
+        return Sync.__call__(self, completions, bonus)
+
+    async def method(self, completions, **kwargs):
+        return await self(completions)
+
+
+async def coroutine(completions, **kwargs):
+    return await Async()(completions)
+
+
+FORMS = {
+    "Sync": Sync(),
+    "Async": Async(),
+    "method": Sync().method,
+    "coroutine": coroutine,
+    "Async of a partial": functools.partial(Async(), bonus=0.0),
+    "coroutine of partials": functools.partial(functools.partial(coroutine)),
+    "method of an asynchronous object": Async().method,
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("wrap", [checked, lambda function: function])
+def test_all_forms_are_called_alike_also_inside_of_an_event_loop(form, wrap):
+    async def in_a_notebook(completions):
+        # The last one shows that one client of two rewards has one loop
+        rewards = [wrap(FORMS[form]), checked(exact_match), Async()]
+        return call_rewards(rewards, [""] * 2, completions, [[1]] * 2, {"answer": ["a", "b"], "prompt": []}, None)
+
+    assert asyncio.run(in_a_notebook(["a", "bcd"])) == [[1.0, 3.0], [1.0, 0.0], [1.0, 3.0]]
+    name = form.split()[0]
+    assert reward_name(wrap(FORMS[form])) == name
+    with pytest.raises(RewardError, match=f"'{name}' raised SystemExit: 3"):
+        call_rewards([wrap(FORMS[form])], [""], ["exit"], [[1]], {}, None)
+
+
+def test_asynchronous_rewards_keep_their_client_whoever_calls():
+    """A client that is opened in one call is used in the next, in training or not: it belongs to one event loop."""
+    loops = []
+
+    async def asks(completions, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        return [0.0] * len(completions)
+
+    asyncio.run(checked(asks)(completions=[""]))
+    call_rewards([asks], [""], [""], [[1]], {}, None)
+    call_rewards([checked(asks)], [""], [""], [[1]], {}, None)
+    assert len(set(loops)) == 1
+
+
+def test_a_reward_that_never_applies_is_told_of_once(caplog):
+    reward = returning([None] * 3)
+    assert [reward(completions=COMPLETIONS), reward(completions=COMPLETIONS)] == [[None] * 3] * 2
+    assert [record.getMessage() for record in caplog.records] == [
+        "Reward function 'some_reward' returned `None` for all 3 completions of its first call: it applies to none of "
+        "them."
+    ]
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_reward_that_exits_ends_no_trainer(kind, policy_path, tmp_path):
+    from papertrl import PolicyConfig, PolicyTrainer
+
+    from ..harness.table import dataset, settings
+
+    names = {"sys": sys}
+    exec(f"{kind} leaves(completions, **kwargs):\n    sys.exit(5)", names)
+    args = PolicyConfig(**settings("policy", tmp_path))
+    trainer = PolicyTrainer(policy_path, names["leaves"], args, train_dataset=dataset("policy"))
+    with pytest.raises(RewardError, match="'leaves' raised SystemExit: 5"):
+        trainer.train()
+    assert trainer.reward_funcs == [names["leaves"]]
+
+
 def test_the_wrapper_keeps_name_and_parameters():
     import inspect
 
@@ -97,6 +187,7 @@ def test_rewards_by_name(monkeypatch, tmp_path):
         ("no_such_module.f", "cannot be imported"),
         ("my_own_rewards.nothing", "cannot be imported"),
         ("math.pi", "is a float"),
+        ("fractions.Fraction", "is a class"),
     ]:
         with pytest.raises(ValueError, match=part):
             load_reward(name, 10)

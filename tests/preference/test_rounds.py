@@ -1,11 +1,13 @@
 """The online loop: what a round makes of prompts, where its reference stands, and that a killed run goes on."""
 
+import asyncio
 import json
 import math
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -60,6 +62,28 @@ def online(tiny_path, tokenizer, output_dir, cls=PreferenceTrainer, **options):
 def rounds(output_dir, kind="pairs") -> list[list[dict]]:
     folders = sorted((Path(output_dir) / "rounds").iterdir())
     return [pq.read_table(folder / f"{kind}.parquet").to_pylist() for folder in folders]
+
+
+def test_rewards_of_a_round_get_all_that_training_gives(tiny_path, tokenizer, tmp_path):
+    class Notes:
+        async def __call__(self, prompts, completions, trainer_state, log_extra, log_metric, **columns):
+            assert columns.keys() == {"completion_ids", "kind"} and set(columns["kind"]) == {"sum"}
+            log_extra("first", [text[:1] for text in completions])
+            log_metric("step", float(trainer_state.global_step))
+            return digits(completions)
+
+    data = Dataset.from_dict({"prompt": PROMPTS, "kind": ["sum"] * 14, "completion": ["kept back"] * 14})
+    options = {"online_num_prompts": 4, "online_iterations": 2, "max_steps": 4, "dataset": data}
+    trainer = online(tiny_path, tokenizer, tmp_path, reward_funcs=[partial(Notes())], **options)
+
+    async def in_a_notebook():
+        trainer.train()
+
+    asyncio.run(in_a_notebook())
+    assert [log["online/step"] for log in trainer.state.log_history if "online/step" in log] == [0.0, 2.0]
+    for row in rounds(tmp_path, "candidates")[1]:
+        assert row["extra_first"] == [text[:1] for text in row["completions"]]
+        assert row["reward_Notes"] == row["scores"]
 
 
 def test_a_round_pairs_best_and_worst_samples_of_the_policy(tiny_path, tokenizer, tmp_path):
