@@ -13,6 +13,7 @@ from trl.trainer.utils import selective_log_softmax
 
 from ..core.errors import JobError
 from ..samplers.decoding.rollout import sample_rollouts, supported
+from ..samplers.decoding.stopping import StopStrings
 from .models import Loaded
 
 # Rows of the first batch where the size is chosen automatically; it is halved until it fits
@@ -140,7 +141,7 @@ def complete(
             groups = [(ids, len(list(same))) for ids, same in groupby(batch)]
             prompt_ids, counts = map(list, zip(*groups, strict=True))
             return sample_rollouts(model, prompt_ids, counts, config, tokenizer=tokenizer).completion_ids
-        return _generate(model, batch, config)
+        return _generate(model, batch, config, tokenizer)
 
     rows = [ids for ids in prompt_tokens(tokenizer, prompts) for _ in range(samples)]
     flat = in_batches(rows, call, batch_size, bar)
@@ -148,13 +149,18 @@ def complete(
 
 
 @torch.no_grad()
-def _generate(model: Any, batch: list[list[int]], config: GenerationConfig) -> list[list[int]]:
+def _generate(
+    model: Any, batch: list[list[int]], config: GenerationConfig, tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    stops = model.generation_config.stop_strings
+    told = {"tokenizer": tokenizer} if stops else {}
     width = max(map(len, batch))
     ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in batch], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in batch], device=model.device)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **told)[:, width:].tolist()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in output]
+    rows = [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in output]
+    return StopStrings(stops, tokenizer).cut(batch, rows) if stops else rows
 
 
 @torch.no_grad()
