@@ -149,7 +149,7 @@ def _deviation(model: PreTrainedModel, left_padded: bool, own_positions: bool) -
     """Largest difference of states with shared prompts to those of the plain forward, relative to their length."""
     embedding = model.get_input_embeddings()
     vocab, device = embedding.weight.shape[0], embedding.weight.device
-    padding = model.config.pad_token_id or 0
+    padding = getattr(model.config, "pad_token_id", None) or 0
     prompts, time = torch.tensor([2, _PROMPT, 2, _PROMPT], device=device), _LENGTH - _PROMPT
     ids = vocab // 4 + torch.arange(4 * _LENGTH, device=device).view(4, -1) * vocab // (8 * _LENGTH)
     ids[2:, :_PROMPT] = ids[:2, :_PROMPT]

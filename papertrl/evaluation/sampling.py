@@ -14,6 +14,7 @@ from trl.trainer.utils import selective_log_softmax
 from ..core.errors import JobError
 from ..models.tokenization import end_tokens
 from ..samplers.decoding.rollout import sample_rollouts, supported
+from ..samplers.decoding.stopping import StopStrings
 from .models import Loaded
 
 # Neutral values of what decides how a token is drawn
@@ -203,16 +204,15 @@ def generate(
         return sample_rollouts(
             model, *map(list, zip(*groups, strict=True)), config, tokenizer=tokenizer
         ).completion_ids
+    stops = config.stop_strings or model.generation_config.stop_strings
+    told = {"tokenizer": tokenizer} if stops else {}
     width = max(map(len, prompt_ids))
     ids = torch.tensor([[config.pad_token_id] * (width - len(row)) + row for row in prompt_ids], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompt_ids], device=model.device)
-    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, tokenizer=tokenizer)
+    output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **told)[:, width:].tolist()
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    # What a stop string ended is filled up
-    over = {*ends, config.pad_token_id}
-    rows = output[:, width:].tolist()
-    lengths = [next((i + (t in ends) for i, t in enumerate(row) if t in over), len(row)) for row in rows]
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    rows = [row[: next((i + 1 for i, t in enumerate(row) if t in ends), len(row))] for row in output]
+    return StopStrings(stops, tokenizer).cut(prompt_ids, rows) if stops else rows
 
 
 @torch.no_grad()

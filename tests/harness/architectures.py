@@ -35,8 +35,20 @@ _SIZES = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB),
     **dict.fromkeys(("hidden_size_per_layer_input", "state_size", "mamba_d_state"), 8),
     "attention_types": [[["global", "local"], 1]],
+    "is_decoder": True,
 }
 _DROPOUT = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
+
+
+# What some architectures need beside that: layers of every kind, heads of other sizes, experts that go with others
+ATTEMPTS = (
+    {},
+    {"num_hidden_layers": 4},
+    {"qk_rope_head_dim": 4},
+    {"head_dim": 16},
+    {"num_experts_per_tok": 1},
+    {"num_hidden_layers": 4, "qk_rope_head_dim": 4},
+)
 
 
 class NotBuildableError(Exception):
@@ -44,22 +56,18 @@ class NotBuildableError(Exception):
 
 
 def tiny_config(architecture: str, **options):
-    """A config of that model type, of at most a few thousand parameters."""
+    """A config of that model type for at most a few thousand parameters; `options` go before the sizes here."""
     try:
         default = AutoConfig.for_model(architecture)
-    except Exception as error:
-        raise NotBuildableError(f"{type(error).__name__}: {error}") from error
-    if default.get_text_config() is not default:
-        raise NotBuildableError("multimodal")
-    values = {name: size for name, size in _SIZES.items() if hasattr(default, name)}
-    for name, value in vars(default).items():
-        if name.endswith(_DROPOUT) and isinstance(value, float):
-            values[name] = 0.0
-    values = {
-        k: v for k, v in values.items() if k in ("attention_types",) or not isinstance(getattr(default, k), list)
-    }
-    try:
+        if default.get_text_config() is not default:
+            raise NotBuildableError("multimodal")
+        fixed = {name for name, value in vars(type(default)).items() if isinstance(value, property)}
+        values = {name: _SIZES[name] for name in _SIZES.keys() & vars(default).keys() - fixed}
+        values = {k: v for k, v in values.items() if isinstance(v, list) or not isinstance(vars(default)[k], list)}
+        values |= {name: 0.0 for name, value in vars(default).items() if name.endswith(_DROPOUT) and value}
         return type(default)(**{**values, **options})
+    except NotBuildableError:
+        raise
     except Exception as error:
         raise NotBuildableError(f"{type(error).__name__}: {error}") from error
 

@@ -103,6 +103,19 @@ def test_greedy_completions_do_not_depend_on_the_batch_size(model):
     assert one == many
 
 
+def test_stop_strings_of_the_model_end_completions_in_the_loop_and_in_generate(model, monkeypatch):
+    prompts = [f"{i}+{i}=" for i in range(12)]
+    free = complete(model, prompts, 1, 12, 0.0, 1.0, 0)
+    stop = model.tokenizer.decode(free[0][0])[2]
+    monkeypatch.setattr(model.model.generation_config, "stop_strings", [stop])
+    looped = complete(model, prompts, 1, 12, 0.0, 1.0, 0)
+    monkeypatch.setattr(model.model, "generate", model.model.generate)
+    assert complete(model, prompts, 1, 12, 0.0, 1.0, 0) == looped != free
+    for (row,), (whole,) in zip(looped, free, strict=True):
+        text = model.tokenizer.decode(row)
+        assert row == whole[: len(row)] and stop not in text[:-1] and (row == whole or text.endswith(stop))
+
+
 def test_completion_logps_are_those_of_one_row_at_a_time(model):
     prompts = model.tokenizer(["1+1=", "12+34="])["input_ids"]
     completions = [[5, 6, 7], [8]]

@@ -115,6 +115,22 @@ def test_a_round_pairs_best_and_worst_samples_of_the_policy(tiny_path, tokenizer
     assert logs[1]["online/score"] == pytest.approx(sum(expected) / len(expected))
 
 
+def test_stop_strings_of_the_model_end_candidates(tiny_path, tokenizer, tmp_path):
+    stops = list("0123456789abcdefghijklm")
+    trainer = online(tiny_path, tokenizer, tmp_path, online_iterations=1, online_num_prompts=8, max_steps=1)
+    trainer.model.generation_config.stop_strings = stops
+    trainer.train()
+    rows = [
+        pair
+        for row in rounds(tmp_path, "candidates")[0]
+        for pair in zip(row["completions"], row["finished"], strict=True)
+    ]
+    stopped = [text.endswith(tuple(stops)) for text, _ in rows]
+    assert any(stopped) and all(finished for (_, finished), stop in zip(rows, stopped, strict=True) if stop)
+    assert not any(stop in text[:-1] for text, _ in rows for stop in stops)
+    assert not all(finished for _, finished in rows)
+
+
 def test_training_is_dpo_on_the_rounds_pairs(tiny_path, tokenizer, tmp_path):
     """One iteration equals offline training on what it sampled, row by row in the loop's order."""
     trainer = online(tiny_path, tokenizer, tmp_path, online_iterations=1, optim="sgd", learning_rate=0.05)

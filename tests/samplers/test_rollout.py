@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -24,7 +25,8 @@ from transformers import (
 from transformers.cache_utils import DynamicLayer
 
 from papertrl.samplers.decoding.cache import GrowingLayer
-from papertrl.samplers.decoding.rollout import draw, sample_rollouts, supported
+from papertrl.samplers.decoding.rollout import _NEUTRAL, draw, sample_rollouts, supported
+from papertrl.samplers.decoding.stopping import StopStrings
 
 VOCAB, PAD = 48, 0
 EOS = list(range(1, 7))
@@ -97,13 +99,21 @@ CONFIGS = {
     "no repeated bigram": {"no_repeat_ngram_size": 2},
     "encoder n-gram, which holds the prompts of all rows": {"encoder_no_repeat_ngram_size": 1},
     "minimum length": {"min_new_tokens": 5},
+    "minimum length with the prompt": {"min_length": 12},
     "suppressed tokens": {"suppress_tokens": [PAD, 9, 30], "bad_words_ids": [[31], [12, 13]]},
+    "forced tokens": {"forced_eos_token_id": 3, "forced_bos_token_id": 9, "begin_suppress_tokens": [8]},
+    "growing end": {"exponential_decay_length_penalty": (3, 1.5), "remove_invalid_values": True},
+    "biased tokens": {"sequence_bias": [[[20], 4.0], [[21, 22], -5.0]], "encoder_repetition_penalty": 1.4},
+    "no time": {"max_time": 1e-9},
     "one new token": {"max_new_tokens": 1},
     "maximum length": {"max_new_tokens": None, "max_length": 11},
     "no end token": {"eos_token_id": None},
     "one end token": {"eos_token_id": 3},
     "one candidate": {"do_sample": True, "top_k": 1, "temperature": 0.7},
     "one nucleus": {"do_sample": True, "top_k": 0, "top_p": 1e-6, "min_p": 0.05},
+    "one typical token": {"do_sample": True, "top_k": 0, "typical_p": 1e-6, "renormalize_logits": True},
+    "cut-offs": {"do_sample": True, "top_k": 1, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1},
+    "entropy": {"do_sample": True, "top_k": 1, "top_h": 0.4},
     "one candidate by min-p": {"do_sample": True, "top_k": 0, "min_p": 1.0},
 }
 
@@ -148,6 +158,37 @@ def test_stop_strings_end_a_row(tokenizer):
     assert len({len(row) for row in expected}) > 2
     rollouts = sample_rollouts(model, prompts, [1] * 6, config, tokenizer=tokenizer)
     assert rollouts.completion_ids == expected
+    stops = StopStrings(config.stop_strings, tokenizer)
+    assert stops.cut(prompts, free) == expected
+    assert stops.ending(prompts, expected) == [len(row) < 16 for row in expected]
+
+
+def test_a_stop_string_may_begin_in_the_prompt_and_spans_tokens(tokenizer):
+    prompt, completion = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("1 ab", "cdxabcdy"))
+    stops = StopStrings(["abcd", "xy"], tokenizer)
+    assert stops.cut([prompt, [5]], [completion] * 2) == [completion[:2], completion[:7]]
+    assert stops.ending([prompt, [5]], [completion[:2]] * 2) == [True, False]
+    assert stops.ending([], []) == []
+
+
+# Options that choose another mode of generation, for which the loop does not stand in; that say what `generate`
+# returns, or how other modes, caches and compilation work; that are `None` in every config
+ELSEWHERE = {
+    *("num_beams", "use_mtp", "penalty_alpha", "dola_layers", "prompt_lookup_num_tokens", "constraints"),
+    *("assistant_early_exit", "force_words_ids", "num_beam_groups", "diversity_penalty"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits", "return_dict_in_generate"),
+    *("early_stopping", "length_penalty", "low_memory", "is_assistant", "num_assistant_tokens", "speculation_type"),
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold", "max_matching_ngram_size"),
+    *("assistant_lookbehind", "target_lookbehind", "assistant_ensemble_weight", "cache_config", "max_cache_len"),
+    *("compile_config", "disable_compile", "continuous_batching_config", "decoder_start_token_id"),
+    *("_from_model_config", "transformers_version", "bos_token_id"),
+}
+
+
+def test_every_option_of_generation_is_followed_refused_or_without_effect():
+    followed = {name for options in CONFIGS.values() for name in options}
+    followed |= {"temperature", "pad_token_id", "stop_strings", "min_length"}
+    assert set(GenerationConfig().to_dict()) - followed - _NEUTRAL.keys() - ELSEWHERE == set()
 
 
 def next_logits(model, ids: list[int]) -> torch.Tensor:
@@ -444,6 +485,27 @@ def test_reasons_why_a_model_is_not_supported():
     assert "prompt-learning" in supported(prefix, config)
     activated = peft.LoraConfig("CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[5])
     assert "activated LoRA" in supported(peft.get_peft_model(make_model("llama"), activated), config)
+
+
+def test_a_replaced_generate_is_found_out(monkeypatch):
+    class Own(LlamaForCausalLM):
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs)
+
+    config = make_config()
+    reason = "has its own `generate`"
+    assert reason in supported(Own(make_model("llama").config), config)
+    for outer in (False, True):
+        model = make_model("lora")
+        holder = model if outer else model.get_base_model()
+        assert supported(model, config) is None
+        holder.generate = lambda *args, **kwargs: None
+        assert reason in supported(model, config)
+    model = make_model("llama")
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", lambda self, **kwargs: None)
+        assert reason in supported(model, config)
+    assert supported(model, config) is None
 
 
 def test_gradient_checkpointing_is_not_supported_in_training_mode():

@@ -181,6 +181,11 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
                 "DeepSearch samples by itself, which `rollout_func` would do as well. Leave `rollout_func` out, or "
                 "set `tree_width=None`."
             )
+        if self.args.tree_width is not None and self.endings.stops is not None:
+            raise ValueError(
+                "DeepSearch takes end tokens alone for the end of a completion. Leave `stop_strings` out of the "
+                "model's generation config, or set `tree_width=None`."
+            )
 
     # --- Roll out -----------------------------------------------------------------------------------------------
 

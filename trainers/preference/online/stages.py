@@ -9,6 +9,7 @@ from datasets import Dataset
 
 from ....data.messages import as_completion
 from ....models.tokenization import template_options, tokenize_completions, tokenize_prompt, with_end
+from ....samplers.decoding.stopping import StopStrings
 from .candidates import Candidate, Group, Pair, best_against_worst
 from .draw import draw_completions, keyed_seed
 from .judging import Judge, RewardScorer, compare
@@ -153,6 +154,7 @@ class OnlineStages:
         rows = [(i, len(group.candidates) + n) for i, group in enumerate(groups) for n in range(count)]
         with self.generation_model(source) as model:
             eos_token_ids = self.eos_token_ids(model)
+            strings = model.generation_config.stop_strings
             drawn = draw_completions(
                 model,
                 [prompt_ids[i] for i, _ in rows],
@@ -162,10 +164,15 @@ class OnlineStages:
                 eos_token_ids,
                 self.accelerator.device,
             )
-        for (i, _), tokens in zip(rows, drawn, strict=True):
+        stopped = [False] * len(drawn)
+        if strings:
+            stops, starts = StopStrings(strings, self.tokenizer), [prompt_ids[i] for i, _ in rows]
+            drawn = stops.cut(starts, drawn)
+            stopped = stops.ending(starts, drawn)
+        for (i, _), tokens, stop in zip(rows, drawn, stopped, strict=True):
             text = self.tokenizer.decode(tokens, skip_special_tokens=True)
-            completion = as_completion(groups[i].row["prompt"], text)
-            groups[i].candidates.append(Candidate(completion, tokens, tokens[-1] in eos_token_ids, source))
+            completion, finished = as_completion(groups[i].row["prompt"], text), stop or tokens[-1] in eos_token_ids
+            groups[i].candidates.append(Candidate(completion, tokens, finished, source))
 
     def compare(self, groups: list[Group], firsts: list[Candidate], seconds: list[Candidate]) -> list[float]:
         """P(first ≻ second) by the pairwise judge, for each of the pairs, averaged over both orders."""
