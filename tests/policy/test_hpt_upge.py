@@ -539,11 +539,11 @@ def test_the_order_of_listing_changes_nothing(other, policy_path, tmp_path):
 
 
 def test_ratios_of_another_method_keep_its_loss(policy_path, tmp_path):
-    """A method that reshapes ratios in the stage *trust region* is not overruled by the table."""
+    """A method that reshapes ratios in the stage *ratios* is not overruled by the table."""
 
     class Reshaped(HptUpgeGRPOTrainer):
-        def trust_region(self, stats, record):
-            super().trust_region(stats, record)
+        def change_ratios(self, stats, record):
+            super().change_ratios(stats, record)
             first = (record.group_ids == 0).unsqueeze(1)
             stats.reshape(first, stats.ratio / (stats.ratio + 0.5))
             stats.unclip(first)
