@@ -5,7 +5,7 @@ import itertools
 import pickle
 
 import pytest
-from trl import DPOConfig, GRPOConfig
+from trl import GRPOConfig
 
 from papertrl import D3sGRPOConfig, DlerGRPOConfig, LpRegGRPOConfig, PolicyConfig
 from papertrl.core.catalogue import load
@@ -117,15 +117,18 @@ def test_no_combination_of_the_catalogue_has_defaults_that_depend_on_the_order(f
         for name in names:
             for field in own.get(name, ()):
                 values = {defaults(parts[other])[field] for other in names if field in own.get(other, ())}
-                assert defaults(first)[field] == (values.pop() if len(values) == 1 else field_default(usual[field]))
+                decides = min(
+                    (parts[other] for other in names if field in own.get(other, ())), key=lambda c: c.__name__
+                )
+                assert defaults(first)[field] == defaults(decides)[field]
                 assert (field in first.differing_defaults) == (len(values) > 1)
 
 
 @pytest.mark.parametrize("order", itertools.permutations(["lp_reg", "dler", "hapo", "gain_rl"]), ids="+".join)
-def test_defaults_of_several_methods_hold_where_they_agree(order):
+def test_one_rule_decides_over_defaults_of_several_methods(order):
     found = defaults(compose(*order).config_class)
-    assert found["epsilon_high"] == defaults(GRPOConfig)["epsilon_high"]
-    # Two agree, one has it alone
+    # Two say so, one says otherwise; two agree; one has it alone
+    assert found["epsilon_high"] == 0.28
     assert found["delta"] == 10.0 and found["beta"] == 5e-4 and found["epsilon"] == 1.0
 
 
@@ -134,15 +137,14 @@ def test_defaults_that_differ_are_told(order, tiny_path, tmp_path, caplog):
     trainer_class = compose(*order)
     help = next(action.help for action in make_parser(trainer_class)._actions if action.dest == "beta")
     assert "1.0 of `IrpoDPOConfig`, 2.0 of `LnDPOConfig`" in help
-    usual = defaults(DPOConfig)["beta"]
     trainer = build(
         trainer_class, "preference", tiny_path, trainer_class.config_class(**settings("preference", tmp_path))
     )
-    assert trainer.args.beta == usual
-    assert [r.message for r in caplog.records if "`beta` is 0.1" in r.message and "Set it" in r.message]
+    assert trainer.args.beta == 1.0
+    assert [r.message for r in caplog.records if "`beta` is 1.0" in r.message and "Set it" in r.message]
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "| `beta` | `0.1` |" in card
+    assert "| `beta` | `1.0` |" in card
     assert "defaults for `beta` differ (`1.0` of `IrpoDPOConfig`, `2.0` of `LnDPOConfig`)" in card
 
 

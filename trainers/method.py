@@ -133,7 +133,7 @@ class MethodTrainer(FillsSlots, StopsWhereNotFinite, Resumes, Staged):
         for name, defaults in cls.config_class.differing_defaults.items():
             default = field_default(cls.config_class.__dataclass_fields__[name])
             if getattr(args, name) == default:
-                logger.warning(f"`{name}` is {default!r}. {differing_text(defaults, default)} Set it to decide.")
+                logger.warning(f"`{name}` is {default!r}. {differing_text(defaults)} Set it to decide.")
         cls._warn_of_what_does_nothing(args)
         cls.refuse_clashes(args)
         refuse_shared_slots(cls.components, args)

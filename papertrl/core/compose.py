@@ -10,8 +10,8 @@ def compose(*parts: type | str, name: str | None = None) -> type:
     Trainer class that combines methods: objectives of one family, and components.
 
     The order in which stages run is fixed by the family's base. Within a stage, those that extend it act in the order
-    given here, around the one that replaces it. Where configs set different defaults for one TRL field, TRL's own
-    holds.
+    given here, around the one that replaces it. Where configs set different defaults for one field, that of the
+    config whose name comes first in the alphabet holds, whatever the order.
 
     Args:
         parts (trainer classes, [`~papertrl.core.slots.Component`] classes, or short names of either):

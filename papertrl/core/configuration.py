@@ -237,8 +237,8 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
     """
     Config class that has the fields of all `configs`, the same in whatever order they are listed.
 
-    Where some of them give a field of their common base a default of their own, that is the default; where they give
-    it different ones, none of them decides and the common base's holds. `differing_defaults` of the class tells.
+    Where some of them give a field of their common base different defaults, that of the class whose name comes first
+    in the alphabet is taken. `differing_defaults` of the class tells.
 
     Args:
         name (`str`):
@@ -287,23 +287,20 @@ def _agreed_fields(leaves: list[type]) -> tuple[list[tuple], dict[str, dict[str,
         if not own:
             continue
         defaults = {leaf: field_default(f) for leaf, f in own.items()}
-        agreed, metadata = next(iter(own.values())), None
-        if any(value != defaults[next(iter(own))] for value in defaults.values()):
-            agreed, differing[name] = common, defaults
-            text = f"{common.metadata.get('help', '')} {differing_text(defaults, field_default(common))}".strip()
-            kind = _Metadata if issubclass(shared, ConfigMixin) else dict
-            metadata = kind(common.metadata, help=text)
-        spec = field(
-            default=agreed.default, default_factory=agreed.default_factory, metadata=metadata or agreed.metadata
-        )
-        chosen.append((name, agreed.type, spec))
+        first = next(iter(own.values()))
+        metadata = first.metadata
+        if any(value != field_default(first) for value in defaults.values()):
+            differing[name] = defaults
+            metadata = _Metadata(metadata, help=f"{metadata['help']} {differing_text(defaults)}")
+        spec = field(default=first.default, default_factory=first.default_factory, metadata=metadata)
+        chosen.append((name, first.type, spec))
     return chosen, differing
 
 
-def differing_text(defaults: dict[str, Any], value: Any) -> str:
-    """A sentence on the default `value` of a field for which methods have the different `defaults`."""
+def differing_text(defaults: dict[str, Any]) -> str:
+    """A sentence on a field for which methods have the different `defaults`, by config, of which the first holds."""
     wanted = ", ".join(f"{default!r} of `{leaf}`" for leaf, default in defaults.items())
-    return f"The methods' defaults differ ({wanted}), so that {value!r} is the default, as without them."
+    return f"The methods' defaults differ ({wanted}); the first by name holds."
 
 
 def introduced(config: type) -> dict[str, type]:

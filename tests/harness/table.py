@@ -150,7 +150,7 @@ def build(trainer_class: type, family: Family | str, model: str, args, **kwargs)
 
 def active(names, trainer_class: type) -> dict[str, Any]:
     """Settings under which all of `names` act."""
-    merged = {key: value for name in names for key, value in DECLARATIONS[name].active.items()}
+    merged = {key: value for name in sorted(names) for key, value in DECLARATIONS[name].active.items()}
     return merged | ({"check_records": True} if trainer_class.family.name in CHECKED else {})
 
 

@@ -12,9 +12,11 @@ from papertrl import (
     DiscoGRPOConfig,
     DiscoGRPOTrainer,
     DlerGRPOTrainer,
+    GuideGRPOTrainer,
     HptUpgeGRPOTrainer,
     LpRegGRPOTrainer,
     PolicyTrainer,
+    ScafGRPOTrainer,
     compose,
 )
 from papertrl.core.declaration import Method
@@ -28,9 +30,10 @@ from papertrl.losses.policy.disco import (
     in_mixed_group,
     sampling_divergence,
 )
+from papertrl.trainers.policy.record import Source
 
 from ..harness.rollouts import checksum, distributions, gradients, make, metric, run, sampled
-from ..harness.table import dataset, settings
+from ..harness.table import dataset, every_fourth, settings
 
 answers = st.lists(
     st.tuples(st.sampled_from([0, 1, 4]), st.sampled_from([-1.0, 0.0, 1.0]), st.floats(-30, 30)),
@@ -173,7 +176,8 @@ def loss_by_hand(trainer, whole, rows, model, old_model):
     args = trainer.args
     logps = sampled(distributions(model, whole, args.temperature), whole)
     with torch.no_grad():
-        old = sampled(distributions(old_model, whole, args.temperature), whole)
+        seen = whole | {n: whole.get(f"sampled_{n}", whole[n]) for n in ("prompt_ids", "prompt_mask")}
+        old = sampled(distributions(old_model, seen, args.temperature), whole)
     reward = whole["rewards"][:, 0]
     scores, drift = {}, []
     for i in rows:
@@ -181,7 +185,12 @@ def loss_by_hand(trainer, whole, rows, model, old_model):
         if not places:
             continue
         tokens = logps[i, places] if args.disco_score == "logl" else torch.exp(logps[i, places] - old[i, places])
+        hinted = whole["source"][i] == Source.HINTED
+        if hinted and getattr(args, "guide_reshape", "none") == "constant":
+            tokens = tokens / (tokens + args.guide_gamma)
         scores[i] = tokens.mean()
+        if hinted:
+            continue
         d = logps[i, places] - old[i, places]
         drift.append(-d if args.disco_kl == "k1" else torch.exp(d) - d - 1)
     tau = (args.disco_tau or {"logl": 10.0, "lratio": 1.0}[args.disco_score]) if args.disco_dro else None
@@ -286,6 +295,46 @@ def test_selected_tokens_and_rows_are_all_that_counts(policy_path, tmp_path):
         trainer.model.load_state_dict(model.state_dict())
         found = gradients(trainer._compute_loss(trainer.model, inputs), trainer.model)
         assert_gradients_close(found, gradients(direct, model))
+
+
+HINTS = {"disco_kl": "k3", "disco_delta": 0.0, "max_steps": 2, "learning_rate": 1e-2}
+
+
+@pytest.mark.parametrize(
+    ("hinting", "options"),
+    [
+        (GuideGRPOTrainer, {"disco_score": "lratio", "guide_reshape": "constant", "guide_gamma": 0.5}),
+        (GuideGRPOTrainer, {"guide_reshape": "none", "disco_tau": 0.5}),
+        (ScafGRPOTrainer, {"scaf_exempt_steps": 0}),
+    ],
+    ids=["guide-lratio", "guide-logl", "scaf"],
+)
+def test_rows_with_hints_are_scored_but_not_constrained(hinting, options, policy_path, tmp_path):
+    if hinting is GuideGRPOTrainer:
+        options = options | {"guide_max_resample_batches": 0}
+    trainer = run(compose(DiscoGRPOTrainer, hinting), policy_path, tmp_path, every_fourth, **(BATCH | HINTS | options))
+    trainer.current_gradient_accumulation_steps = 1
+    _, whole, old_model, _ = trainer.generations[0]
+    hinted = whole["source"] == Source.HINTED
+    # Scaf puts in successes alone
+    assert hinted.any() and not hinted.all()
+    assert hinting is ScafGRPOTrainer or (whole["advantages"][hinted] < 0).any()
+    drifts = []
+    for inputs, model, _ in list(trainer.micro_batches):
+        direct, drift = loss_by_hand(trainer, whole, range(16), model, old_model)
+        drifts.append(drift.item())
+        trainer.model.load_state_dict(model.state_dict())
+        found = gradients(trainer._compute_loss(trainer.model, inputs), trainer.model)
+        assert_gradients_close(found, gradients(direct, model))
+    assert metric(trainer, "disco/kl") == pytest.approx(drifts, abs=1e-6) and drifts[1] > 1e-4
+
+
+def test_reshaped_ratios_are_refused_where_there_are_none(policy_path, tmp_path):
+    trainer_class = compose(GuideGRPOTrainer, DiscoGRPOTrainer)
+    with pytest.raises(ValueError, match=r"'disco' and 'guide_grpo' .*stage 'ratios'.*disco_score='lratio' or .*none"):
+        make(trainer_class, policy_path, tmp_path)
+    for values in ({"disco_score": "lratio"}, {"guide_reshape": "none"}):
+        make(trainer_class, policy_path, tmp_path, **values)
 
 
 def test_padding_does_not_enter(policy_path, tmp_path):

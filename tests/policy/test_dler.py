@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from papertrl import DlerGRPOConfig, DlerGRPOTrainer
 from papertrl.losses.policy.dler import length_limits, merge_updates, solved_share, truncated_rewards, whiten
 
-from ..harness.rollouts import checksum, distributions, gradients, metric, run, sampled
+from ..harness.rollouts import checksum, distributions, gradients, make, metric, run, sampled
 from ..harness.table import settings
 
 
@@ -364,3 +364,42 @@ def test_bad_values_are_refused(values, message, tmp_path):
 def test_masking_truncated_completions_is_fine_without_truncation(tmp_path):
     values = {"mask_truncated_completions": True, "dler_length_penalty": "none"}
     assert DlerGRPOConfig(**settings("policy", tmp_path, **values)).mask_truncated_completions
+
+
+@pytest.mark.parametrize(
+    ("rewards", "options", "named"),
+    [
+        ((-1.0, 1.0), {}, "`signed` is -1"),
+        ((0.0, 2.0), {"reward_weights": [-0.5]}, "`signed` is -1"),
+        ((-0.25, 0.0), {"dler_da_thresholds": [0.5], "dler_da_lengths": [6, 2]}, "`signed` is -0.25"),
+    ],
+)
+def test_rewards_that_make_it_pay_to_be_cut_off_are_refused(rewards, options, named, policy_path, tmp_path):
+    def signed(completions, **kwargs):
+        return [rewards[sum(map(ord, text)) % 2] for text in completions]
+
+    with pytest.raises(ValueError, match=f"weighted reward {named}.*`dler_length_penalty='none'`"):
+        run(DlerGRPOTrainer, policy_path, tmp_path, signed, max_steps=1, **options)
+    run(DlerGRPOTrainer, policy_path, tmp_path, signed, max_steps=1, **(options | {"dler_length_penalty": "none"}))
+
+
+def test_limits_go_by_what_counts_as_solved(policy_path, tmp_path):
+    """Partial credit up to `success_threshold` is no right answer."""
+
+    def partial(completions, **kwargs):
+        return [0.5] * len(completions)
+
+    options = {"dler_da_thresholds": [0.5], "dler_da_lengths": [8, 2], "dler_dynamic_sampling": False, "max_steps": 1}
+    for threshold, short in ((0.0, True), (0.5, False)):
+        values = options | {"success_threshold": threshold, "max_completion_length": 8}
+        trainer = make(DlerGRPOTrainer, policy_path, tmp_path / str(threshold), partial, **values)
+        inner = trainer._generate_single_turn
+
+        def ended(*args, inner=inner, end=trainer.processing_class.eos_token_id, **kwargs):
+            ids, _ = inner(*args, **kwargs)
+            return [[*row[:3], end] for row in ids], None
+
+        trainer._generate_single_turn = ended
+        trainer.train()
+        assert metric(trainer, "dler/da_short_fraction") == [float(short)]
+        assert metric(trainer, "dler/truncated_fraction") == [float(short)]

@@ -247,7 +247,7 @@ def test_what_a_run_demonstrates(mode, policy_path, tokenizer, tmp_path):
         for i, group in enumerate(scored.group_ids.tolist()):
             rl, off_policy, sft = per_group[group]
             shown = scored.source[i] == Source.DEMONSTRATION
-            assert batch["row_weight"][i].item() == pytest.approx(0.0 if shown else rl * share)
+            assert batch["row_weight"][i].item() == pytest.approx(0.0 if shown else rl * share * 8)
             assert batch["statistics/hpt/sft_weight"][i] == (sft if shown else 0.0)
             assert batch["statistics/hpt/off_policy_weight"][i] == (off_policy if shown else 0.0)
             if mode == "switch" and sft:
@@ -267,7 +267,7 @@ def test_what_a_run_demonstrates(mode, policy_path, tokenizer, tmp_path):
     assert metric(trainer, "reward") == pytest.approx(kept, abs=1e-6)
 
 
-def hybrid_loss(generation, mode, loss_type, coef, limit=8):
+def hybrid_loss(generation, mode, loss_type, coef):
     """Eq. 13 over a generation batch, on policy, prompt by prompt from the model that sampled it."""
     scored, batch, model, _ = generation
     logps = sampled(distributions(model, batch), batch)
@@ -296,7 +296,7 @@ def hybrid_loss(generation, mode, loss_type, coef, limit=8):
                     shown[g] = shown[g] - (coef * sft * logps[i, t] + off * a * p / (p + 0.1)) / length
             elif rl[g]:
                 tokens[g] += length
-                norm = {"dr_grpo": limit, "grpo": length, "dapo": 1}[loss_type]
+                norm = {"dr_grpo": 1, "grpo": length, "dapo": 1}[loss_type]
                 policy[g] = policy[g] - rl[g] * a * logps[i, :length].sum() / norm
     live = [g for g in groups if rl[g] > 0]
     per_prompt = 4 if mode == "switch" else 3
@@ -322,6 +322,43 @@ def test_gradient_is_that_of_the_hybrid_loss(mode, loss_type, plain, policy_path
     total = sum(trainer._compute_loss(trainer.model, inputs) for inputs in batches)
     for name, gradient in gradients(total, trainer.model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6)
+
+
+@pytest.mark.parametrize("balance", ["paper", "released", "loss_type"])
+def test_balance_of_rollouts_and_demonstrations_under_several_caps(balance, policy_path, tmp_path):
+    """The gradients of Eq. 11 and 12 and of the released losses, and that a mere cap does not change them."""
+    for cap in (8, 48):
+        options = GATED | {"max_completion_length": cap, "hpt_balance": balance}
+        trainer = make(HptUpgeGRPOTrainer, policy_path, tmp_path / str(cap), **options)
+        inner = trainer._generate_single_turn
+
+        def cut(*args, inner=inner, **kwargs):
+            ids, _ = inner(*args, **kwargs)
+            return [row[: 3 + i % 4] for i, row in enumerate(ids)], None
+
+        trainer._generate_single_turn = cut
+        trainer.train()
+        scored, batch, model, _ = trainer.generations[0]
+        logps = sampled(distributions(model, batch), batch)
+        mask, shown = batch["completion_mask"], batch["source"] == Source.DEMONSTRATION
+        switched = shown.view(-1, 4).any(1).repeat_interleave(4)
+        assert shown.any() and not switched.all()
+        sums = (logps * mask).sum(1)
+        rollouts = -(scored.advantages * sums)[~switched].sum()
+        lengths = mask.sum(1)
+        if balance == "released":
+            # Two micro-batches, whose sums are averaged; the mean over all tokens of demonstrations
+            loss = rollouts / lengths.max() / 2 - sums[shown].sum() / lengths[shown].sum()
+        else:
+            divisor = len(mask) * (cap if balance == "loss_type" else 1)
+            loss = rollouts / divisor - (sums / lengths)[shown].sum() / 4
+        expected = gradients(loss, model)
+        trainer.model.load_state_dict(model.state_dict())
+        trainer.current_gradient_accumulation_steps = 2
+        batches = [inputs for inputs, _, _ in trainer.micro_batches]
+        total = sum(trainer._compute_loss(trainer.model, inputs) for inputs in batches)
+        for name, gradient in gradients(total, trainer.model).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=2e-6)
 
 
 OFF_POLICY = BATCH | {"num_iterations": 2, "max_steps": 2, "learning_rate": 1e-2, "hpt_mode": "none"}
@@ -539,11 +576,11 @@ def test_the_order_of_listing_changes_nothing(other, policy_path, tmp_path):
 
 
 def test_ratios_of_another_method_keep_its_loss(policy_path, tmp_path):
-    """A method that reshapes ratios in the stage *trust region* is not overruled by the table."""
+    """A method that reshapes ratios in the stage *ratios* is not overruled by the table."""
 
     class Reshaped(HptUpgeGRPOTrainer):
-        def trust_region(self, stats, record):
-            super().trust_region(stats, record)
+        def change_ratios(self, stats, record):
+            super().change_ratios(stats, record)
             first = (record.group_ids == 0).unsqueeze(1)
             stats.reshape(first, stats.ratio / (stats.ratio + 0.5))
             stats.unclip(first)

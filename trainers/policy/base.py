@@ -83,7 +83,8 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
     | select | `select` | record → loss mask and row weights |
     | prepare objective | `prepare_objective` | selected record → batch-wide thresholds in `record.statistics` |
     | feedback | `observe_batch`, `observe_evaluation` | rewards, advantages → state of the next choice |
-    | trust region | `trust_region` | ratios and the range in which they are trusted |
+    | ratios | `change_ratios` | importance weights → what stands in their place |
+    | trust region | `trust_region` | the range in which ratios are trusted |
     | objective | `objective`, `divergence` | statistics of the gradient pass → per-token loss |
     | extra terms | `extra_terms` | statistics of the gradient pass → named terms |
     | after backward | `after_backward` | gradient so far |
@@ -116,6 +117,7 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         "contribute": ("contributing_rows",),
         "prepare_objective": ("prepare_objective",),
         "feedback": ("observe_batch", "observe_evaluation"),
+        "ratios": ("change_ratios",),
         "trust_region": ("trust_region",),
         "objective": ("objective",),
         "divergence": ("divergence",),

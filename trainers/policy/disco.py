@@ -23,7 +23,7 @@ _LOSS_TYPES = ("grpo", "dr_grpo", "dapo")
 # Default τ of each score
 _TAU = {"logl": 10.0, "lratio": 1.0}
 # Stages in which another method would work on single tokens, or on a loss that DisCO does not have
-_PER_TOKEN = {"objective", "spread"}
+_PER_TOKEN = ("objective", "spread")
 
 
 @method_config
@@ -94,14 +94,16 @@ class DiscoGRPOTrainer(PolicyTrainer):
     the released code.
 
     Advantages are ±1 by these labels, and 0 for questions with one kind of answer. Tokens and rows that were selected
-    away count neither in scores nor in P, N and D. D is estimated on each micro-batch over all ranks, as in the
-    released code: the hinge needs it before the gradient, which for the whole optimizer step would take another pass
-    over it. `loss_type` averages a divergence to a reference and extra terms; J and D have their own
+    away count neither in scores nor in P, N and D. Rows that were sampled with a hint, or are none of the policy's,
+    are scored like all others, but neither D nor its gradient covers them. D is estimated on each micro-batch over
+    all ranks, as in the released code: the hinge needs it before the gradient, which for a whole optimizer step would
+    take another pass over it. `loss_type` averages a divergence to a reference and extra terms; J and D have their own
     normalizers whatever it is. TRL's `clip_ratio/*` are logged although nothing is clipped.
 
     Relations:
         Of a reward, DisCO sees whether it is above the threshold: what others add for length or style does not count.
-        Lp-Reg's penalty adds to DisCO as to GRPO; ratios it would trust are trusted here anyway. Methods that replace
+        Lp-Reg's penalty adds to DisCO as to GRPO; ratios it would trust are trusted here anyway. What Guide puts in
+        the place of ratios is what `lratio` scores; `logl` has no ratios and refuses it. Methods that replace
         the loss of single tokens or give them advantages of their own are refused. DLER's filter keeps the very
         questions that have answers of both kinds; set `dler_advantage_whitening="none"`.
 
@@ -146,15 +148,17 @@ class DiscoGRPOTrainer(PolicyTrainer):
         super().refuse_clashes(args)
         if args.disco_score == "none":
             return
-        for stage in sorted(_PER_TOKEN):
+        refused = dict.fromkeys(_PER_TOKEN, ("single tokens", "scores whole answers", "none"))
+        if args.disco_score == "logl":
+            refused["ratios"] = ("ratios", "has none in the score 'logl'", "lratio")
+        for stage, (what, why, score) in refused.items():
             for owner in cls.acting(stage, args):
                 if owner.method.name != "disco":
                     changes = owner.__dict__.get("extends", {}) | owner.__dict__.get("replaces", {})
-                    ways = " or ".join(filter(None, ["disco_score='none'", remedy(changes[stage])]))
+                    ways = " or ".join(filter(None, [f"disco_score='{score}'", remedy(changes[stage])]))
                     raise ValueError(
                         f"Methods 'disco' and '{owner.method.name}' do not combine: '{owner.method.name}' changes "
-                        f"single tokens in the stage '{stage}', but DisCO scores whole answers. Leave one of them "
-                        f"out, or set {ways}."
+                        f"{what} in the stage '{stage}', but DisCO {why}. Leave one of them out, or set {ways}."
                     )
 
     def scale(self, scored: ScoredBatch, rewards: torch.Tensor, centered: torch.Tensor) -> torch.Tensor:
@@ -168,32 +172,36 @@ class DiscoGRPOTrainer(PolicyTrainer):
         rows = record.row_weight.shape[0] * self.accelerator.num_processes
         group = self.num_generations if self.model.training else self.num_generations_eval
         record.statistics["disco/questions"] = torch.full_like(record.row_weight, rows / group)
+        constrained = self.accelerator.reduce(_constrained(record).sum(), reduction="sum")
+        record.statistics["disco/constrained_tokens"] = constrained.expand_as(record.row_weight)
 
     def contributing_rows(self, record: RolloutRecord) -> torch.Tensor:
         rows = super().contributing_rows(record)
-        # The constraint covers every token, but holds by itself while π is π_old
+        # The constraint covers every token that was sampled as it is scored, but holds by itself while π is π_old
         if record.old_per_token_logps is None:
             return rows
-        return rows | ((record.row_weight > 0) & record.loss_mask.any(1))
+        return rows | _constrained(record).any(1)
 
     def objective(self, stats: PolicyStatistics, record: RolloutRecord) -> torch.Tensor:
         mask = record.loss_mask * (record.row_weight > 0).unsqueeze(1)
         tokens = mask.sum(1)
         labels = record.advantages.masked_fill(tokens == 0, 0.0)
         values = stats.logps if self.args.disco_score == "logl" else capped_ratio(stats.log_ratio)
+        if stats.reshaped is not None:
+            values = torch.where(stats.reshaped, stats.ratio, values)
         tau = (self.args.disco_tau or _TAU[self.args.disco_score]) if self.args.disco_dro else None
         scores = masked_mean(values, mask, dim=1)
         shares = answer_shares(scores, labels, record.group_ids, tau)
         divergence = sampling_divergence(stats.log_ratio, self.args.disco_kl)
-        # Rows from elsewhere, or sampled with a hint, tell nothing about the step from the sampling policy
-        mean = self._micro_batch_mean(divergence, mask * (record.source == Source.POLICY).unsqueeze(1))
-        penalty = constraint_weight(mean, self.args.disco_delta, self.args.disco_beta)
+        constrained = _constrained(record)
+        mean = self._micro_batch_mean(divergence, constrained)
+        penalty = constraint_weight(mean, self.args.disco_delta, self.args.disco_beta) * constrained
         self.log_metric("disco/kl", mean)
         self.log_metric("disco/constraint_active", (mean > self.args.disco_delta).float())
         self._log_answers(scores.detach(), labels, shares, record.group_ids, tau)
         weights = labels * shares / (record.statistics["disco/questions"] * tokens.clamp(min=1))
-        loss = -weights.unsqueeze(1) * values + penalty * divergence / record.num_items_in_batch.clamp(min=1.0)
-        return self._loss_divisor(record) * loss
+        count = record.statistics["disco/constrained_tokens"].clamp(min=1).unsqueeze(1)
+        return self._loss_divisor(record) * (penalty * divergence / count - weights.unsqueeze(1) * values)
 
     def _micro_batch_mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Mean over the tokens in `mask` of this micro-batch on every rank, without gradient."""
@@ -219,3 +227,13 @@ class DiscoGRPOTrainer(PolicyTrainer):
         self.log_mean("disco/objective", objective.sum(), mixed)
         self.log_mean("disco/margin", margin.sum(), mixed)
         self.log_mean("disco/negative_concentration", (shares.square() * wrong).sum(), mixed)
+
+
+def _constrained(record: RolloutRecord) -> torch.Tensor:
+    """
+    Tokens of the constraint, `(batch, time)`: those of the loss that the policy sampled by itself.
+
+    Rows from elsewhere, or sampled with a hint, tell nothing about the step from the sampling policy.
+    """
+    rows = (record.row_weight > 0) & (record.source == Source.POLICY)
+    return record.loss_mask * rows.unsqueeze(1)

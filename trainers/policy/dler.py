@@ -5,7 +5,7 @@ import torch
 from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
 from ...losses.policy.dler import length_limits, solved_share, truncated_rewards, whiten
-from ...losses.policy.groups import by_group, expand_groups, group_varies
+from ...losses.policy.groups import by_group, expand_groups, group_varies, weighted_sum
 from ...losses.policy.surrogate import kl_estimate
 from .base import PolicyConfig, PolicyTrainer
 from .objective import PolicyStatistics
@@ -116,7 +116,8 @@ class DlerGRPOTrainer(PolicyTrainer):
     the statistics being over all completion tokens of the batch (arXiv:2510.15110, Eq. 3). Groups whose rewards are
     all equal are replaced by freshly sampled ones; where that fails, they and any other group without variance get
     advantage 0. With `dler_da_lengths`, a prompt that the model mostly solves under the long limit gets a shorter one
-    (DA-DLER); a completion counts as correct if its weighted reward is positive.
+    (DA-DLER); a completion counts as correct if its weighted reward is above `success_threshold`. Rewards below 0 are
+    refused where the limit takes rewards away: an answer without any would beat a wrong one.
 
     [`~papertrl.losses.policy.dler.merge_updates`] is the paper's merging of selected updates after training.
 
@@ -143,12 +144,21 @@ class DlerGRPOTrainer(PolicyTrainer):
 
     def score(self, scored: ScoredBatch) -> torch.Tensor:
         rewards = super().score(scored)
+        weighted = rewards * self.reward_weights.to(rewards.device)
+        lowest, source = torch.nan_to_num(weighted).amin(0).min(0)
+        if lowest < 0:
+            raise ValueError(
+                f"DLER gives an answer beyond the limit no reward, which must be the least there is, but the weighted "
+                f"reward `{scored.source_names[source]}` is {lowest.item():g} for some answer. Give rewards and "
+                "`reward_weights` of at least 0, such as 0 and 1 for wrong and right, or set "
+                "`dler_length_penalty='none'`."
+            )
         limit = self.args.dler_truncation_length or self.max_completion_length
         limits = torch.full_like(scored.lengths, limit)
         if self.args.dler_da_lengths:
             longest = torch.full_like(limits, max(self.args.dler_da_lengths))
             full = truncated_rewards(rewards, scored.lengths, scored.truncated, longest)
-            correct = (full * self.reward_weights.to(full.device)).nansum(1) > 0
+            correct = weighted_sum(full, self.reward_weights.to(full.device)) > self.args.success_threshold
             share = solved_share(correct, scored.group_ids)
             limits = length_limits(share, self.args.dler_da_thresholds, self.args.dler_da_lengths)
             self.log_metric("dler/da_short_fraction", (limits < longest).float().mean())
@@ -161,8 +171,9 @@ class DlerGRPOTrainer(PolicyTrainer):
         rewards = self.combined_rewards(scored)
         varied = group_varies(rewards, scored.group_ids)
         best = torch.nan_to_num(by_group(rewards, scored.group_ids)).amax(1)
-        self.log_metric("dler/all_zero_groups", (~varied & (best <= 0)).float().mean())
-        self.log_metric("dler/all_one_groups", (~varied & (best > 0)).float().mean())
+        solved = best > self.args.success_threshold
+        self.log_metric("dler/all_zero_groups", (~varied & ~solved).float().mean())
+        self.log_metric("dler/all_one_groups", (~varied & solved).float().mean())
         return varied if keep is None else keep & varied
 
     def refill_rounds(self) -> int:

@@ -86,7 +86,9 @@ class GuideGRPOTrainer(PolicyTrainer):
     $$
 
     without clipping. γ is, as in the released code, a quantile of the guided ratios of a micro-batch; here of those of
-    all ranks, and of tokens of the loss only. Groups that teach nothing in either way are replaced by fresh prompts.
+    all ranks, and of tokens of the loss only. It thus depends on `per_device_train_batch_size` and on how many guided
+    rows meet in a micro-batch; `guide_reshape="constant"` does not. Groups that teach nothing in either way are
+    replaced by fresh prompts.
 
     The ratio is known from the released code, and so are the defaults; the paper's other variants (a second fallback
     with a whole solution in the prompt, groups with half of their rows guided, failures of the plain group mixed in)
@@ -112,6 +114,7 @@ class GuideGRPOTrainer(PolicyTrainer):
     extends = {
         "columns": {"guide_reroll": False},
         "filter_groups": ({"guide_reroll": False}, {"guide_max_resample_batches": 0}),
+        "ratios": ({"guide_reroll": False}, {"guide_reshape": "none"}),
         "trust_region": {"guide_reroll": False},
     }
     replaces = {"repair": {"guide_reroll": False}}
@@ -155,22 +158,23 @@ class GuideGRPOTrainer(PolicyTrainer):
     def refill_rounds(self) -> int:
         return max(super().refill_rounds(), self.args.guide_max_resample_batches)
 
+    def change_ratios(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
+        super().change_ratios(stats, record)
+        guided, gamma = (record.source == Source.HINTED).unsqueeze(1), self.args.guide_gamma
+        if self.args.guide_reshape == "percentile":
+            ratios = self.gather_ragged(stats.ratio.detach()[guided & record.loss_mask.bool()], fill=-1.0)
+            gamma = percentile_gamma(ratios, gamma)
+            self.log_metric("guide/gamma", gamma)
+        power = self.args.guide_reshape == "power"
+        stats.reshape(guided, stats.ratio**gamma if power else reshape_ratio(stats.ratio, gamma))
+
     def trust_region(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
         super().trust_region(stats, record)
         guided = (record.source == Source.HINTED).unsqueeze(1)
-        tokens = (guided & record.loss_mask.bool()).expand_as(stats.ratio)
-        gamma = self.args.guide_gamma
+        tokens = guided & record.loss_mask.bool()
         self.log_mean("guide/token_fraction", tokens.sum(), record.loss_mask.sum())
-        self.log_mean("guide/ratio_mean", (stats.ratio * tokens).sum(), tokens.sum())
+        self.log_mean("guide/ratio_mean", (stats.log_ratio.exp() * tokens).sum(), tokens.sum())
         self.log_mean("guide/approx_kl", (-stats.log_ratio * tokens).sum(), tokens.sum())
-        if self.args.guide_reshape == "percentile":
-            ratios = self.gather_ragged(stats.ratio.detach()[tokens], fill=-1.0)
-            gamma = percentile_gamma(ratios, gamma)
-            self.log_metric("guide/gamma", gamma)
-        if self.args.guide_reshape in ("percentile", "constant"):
-            stats.reshape(guided, reshape_ratio(stats.ratio, gamma))
-        elif self.args.guide_reshape == "power":
-            stats.reshape(guided, stats.ratio**gamma)
         stats.unclip(guided)
 
     def _teaches(self, share: torch.Tensor) -> torch.Tensor:

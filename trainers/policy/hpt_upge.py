@@ -44,8 +44,9 @@ class HptUpgeGRPOConfig(PolicyConfig):
     """
     Configuration of [`HptUpgeGRPOTrainer`].
 
-    TRL field with another default: `loss_type` "dr_grpo", whose constant divisor stands for the paper's sum over
-    tokens. The paper samples 8 completions for each of 128 prompts, at a constant learning rate of 5e-6.
+    TRL field with another default: `loss_type` "dr_grpo", which sums over tokens and has a constant divisor; see
+    `hpt_balance` for what becomes of that. The paper samples 8 completions for each of 128 prompts, at a constant
+    learning rate of 5e-6.
     """
 
     hpt_mode: str = method_field(
@@ -63,6 +64,13 @@ class HptUpgeGRPOConfig(PolicyConfig):
     )
     hpt_sft_coef: float = method_field(
         1.0, "Weight of the loss on demonstrations. The paper also takes 0.3 (Qwen2.5-Math-1.5B).", ge=0
+    )
+    hpt_balance: str = method_field(
+        "paper",
+        "Weight of rollouts against demonstrations with `loss_type='dr_grpo'`: rollouts summed over tokens, "
+        "demonstrations averaged (`paper`, Eq. 11 to 13); the released code's (`released`); or rollouts divided by "
+        "`max_completion_length` (`loss_type`). Other loss types divide rollouts as they do anyway.",
+        choices=("paper", "released", "loss_type"),
     )
     hpt_demo_column: str = method_field(
         "completion",
@@ -124,6 +132,11 @@ class HptUpgeGRPOConfig(PolicyConfig):
                 "`hpt_mode='soft'` compares rollouts with a demonstration of reward 1: `multi_objective_aggregation` "
                 f"must be 'sum_then_normalize', got {self.multi_objective_aggregation!r}."
             )
+        if self.hpt_mode != "none" and self.hpt_balance == "released" and self.loss_type != "dr_grpo":
+            raise ValueError(
+                f"`hpt_balance='released'` is a balance of sums over tokens: `loss_type` must be 'dr_grpo', got "
+                f"{self.loss_type!r}. Set it, or `hpt_balance='loss_type'`."
+            )
         if self.hpt_upge_instance is None:
             given = [name for name in _PARTS.values() if getattr(self, name) is not None]
             if given:
@@ -170,8 +183,11 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
 
     and a batch's loss is the mean over its prompts. The first row of a failing group becomes the demonstration, its
     other rows leave the loss. \\( L_{RL} \\) is the configured loss over the prompts that are left, times their
-    share. The released code instead adds up rollouts and averages demonstrations, each per micro-batch, so that their
-    balance depends on how the batch is cut. `hpt_mode="soft"` is its other variant: every group has a demonstration
+    share: by default the mean over rollouts of the sum over their tokens (Eq. 11), which no length divides, so that
+    the cap `max_completion_length` does not matter. `hpt_balance="released"` is the released code's: the sum over the
+    rollouts of a micro-batch over the longest completion, and the mean over all tokens of demonstrations, so that
+    their balance depends on `per_device_train_batch_size`. Longest completion and mean are those of the generation
+    batch here, of the micro-batch there. `hpt_mode="soft"` is its other variant: every group has a demonstration
     next to its rollouts, and the number of right rows decides the weights of \\( L_{RL} \\), of \\( L_{SFT} \\), and
     of an off-policy policy gradient on the demonstration (the table's row `luffy`, with the demonstration counted as
     right in the group's advantages); other group sizes than 8 take the nearest eighth.
@@ -323,12 +339,25 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
         share = (weights[:, 0] > 0).float().mean()
         shown = scored.source == Source.DEMONSTRATION
         row_weight = (weights[:, 0] * share).masked_fill(shown, 0.0)
+        row_weight = row_weight * self._rollout_factor(scored, (row_weight > 0).sum() / share.clamp(min=1e-9))
         record.row_weight = record.row_weight * row_weight[scored.local]
         shown = shown.float().unsqueeze(1) * weights
+        if self.args.hpt_balance == "released":
+            # Of all their tokens, each demonstration has the mean of its own
+            lengths = scored.lengths * (shown[:, 2] > 0)
+            shown[:, 2] *= lengths / lengths.sum().clamp(min=1) * (len(lengths) / self.num_generations)
         record.statistics["hpt/off_policy_weight"] = shown[scored.local, 1]
         record.statistics["hpt/sft_weight"] = shown[scored.local, 2]
         self.log_metric("hpt/sft_prompt_fraction", (weights[:, 2] > 0).float().mean())
         super().select(record, scored)
+
+    def _rollout_factor(self, scored: ScoredBatch, rows: torch.Tensor) -> torch.Tensor | float:
+        """What turns TRL's "dr_grpo", a sum over tokens by `rows` · `max_completion_length`, into the balance."""
+        if self.loss_type != "dr_grpo" or self.args.hpt_balance == "loss_type":
+            return 1.0
+        if self.args.hpt_balance == "paper":
+            return float(self.max_completion_length)
+        return self.max_completion_length * rows / (scored.lengths.max() * self.micro_batches_per_generation())
 
     def prepare_objective(self, record: RolloutRecord) -> None:
         super().prepare_objective(record)

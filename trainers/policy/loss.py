@@ -23,6 +23,7 @@ def policy_loss(trainer: Any, model: torch.nn.Module, record: RolloutRecord) -> 
             The micro-batch.
     """
     stats = trainer.policy_statistics(model, record)
+    trainer.change_ratios(stats, record)
     trainer.trust_region(stats, record)
     per_token_loss = trainer.objective(stats, record)
     if trainer.off_policy_mask_threshold is not None:

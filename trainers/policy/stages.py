@@ -208,9 +208,17 @@ class PolicyStages:
 
     # --- Loss ---------------------------------------------------------------------------------------------------
 
+    def change_ratios(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
+        """
+        Stage *ratios*: put something else in the place of importance weights, by [`PolicyStatistics.reshape`].
+
+        For rows that have other ratios than to the policy that sampled them under this prompt. An objective without
+        ratios is refused beside who acts here.
+        """
+
     def trust_region(self, stats: PolicyStatistics, record: RolloutRecord) -> None:
         """
-        Stage *trust region*: change ratios, by [`PolicyStatistics.reshape`], and the range in which they are trusted.
+        Stage *trust region*: change the range in which ratios are trusted.
 
         Ranges become tensors where tokens differ, both `epsilon_low` and `epsilon_high` at a time. What was made
         infinite by another method stays so.
