@@ -488,6 +488,38 @@ def test_inheritance_composes_as_compose_does():
     assert all(m.paper.citation in Mine._paper["citation"] for m in Mine.methods)
 
 
+def test_a_composed_class_is_composed_again():
+    lp_reg, dler, d3s = map(load_trainer, ("lp_reg", "dler", "d3s"))
+    both = compose(lp_reg, dler)
+    for parts in ((dler, both), (both, dler), (both, compose(dler, d3s)), (d3s, both, lp_reg)):
+        again = compose(*parts)
+        names = [m.name for m in again.methods]
+        assert set(names) == {m.name for part in parts for m in part.methods} and len(set(names)) == len(names)
+    with pytest.raises(TypeError, match=r"\['lp_reg', 'dler'\] are parts of several of .* Name each method once"):
+        compose(both, compose(dler, lp_reg))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_class_says_of_its_config_does_not_depend_on_the_order(family):
+    """Functions of the class follow plain inheritance: nobody may leave `super()` out where another acts."""
+    for pair in pairs_of(objectives_of(family), 2):
+        if not do_combine(*pair):
+            continue
+        said = []
+        for trainer_class in (compose(*pair), compose(*pair[::-1])):
+            fields = dataclasses.fields(trainer_class.config_class)
+            args = SimpleNamespace(**{f.name: field_default(f) for f in fields})
+            vars(args).update(active(pair, trainer_class))
+            functions = {f for found in trainer_class.stages.values() for f in found}
+            asked = [f for f in functions if isinstance(inspect.getattr_static(trainer_class, f), classmethod)]
+            said.append({f: found_by(getattr(trainer_class, f)(args)) for f in asked})
+        assert said[0] == said[1] and said[0], pair
+
+
+def found_by(answer):
+    return sorted(answer) if isinstance(answer, (list, tuple)) else answer
+
+
 def test_compose_refuses_what_does_not_combine():
     with pytest.raises(TypeError, match="different families"):
         compose("lp_reg", "rpo")
