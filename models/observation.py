@@ -125,6 +125,35 @@ def observe(module: nn.Module, which: Pass, inputs: bool = False):
         handle.remove()
 
 
+def gradients_apart(
+    loss: torch.Tensor, parameters: list[nn.Parameter], retain_graph: bool = False
+) -> tuple[torch.Tensor | None, ...]:
+    """
+    Gradients by a backward pass beside that of training, which nobody sees who observes the latter.
+
+    They are not added to `grad`, are not averaged over ranks, and run no hooks of the parameters.
+
+    Args:
+        loss (`torch.Tensor`):
+            A scalar.
+        parameters (`list[nn.Parameter]`):
+            With respect to which.
+        retain_graph (`bool`, *optional*, defaults to `False`):
+            Whether another backward pass through the same forward pass follows.
+
+    Returns:
+        One gradient per parameter, `None` for those that `loss` does not depend on.
+    """
+    hooks = [parameter._backward_hooks for parameter in parameters]
+    for parameter in parameters:
+        parameter._backward_hooks = None
+    try:
+        return torch.autograd.grad(loss, parameters, retain_graph=retain_graph, allow_unused=True)
+    finally:
+        for parameter, found in zip(parameters, hooks, strict=True):
+            parameter._backward_hooks = found
+
+
 def logit_transform(model: nn.Module) -> tuple[float, float | None]:
     """`logit_scale` and `softcap` that the architecture applies to its logits, in this order."""
     config = model.config.get_text_config()

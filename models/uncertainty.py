@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .observation import decoder_layers
+
 
 class TokenizedPair(NamedTuple):
     """Token ids of a prompt and of two completions, each with what ends it."""
@@ -62,13 +64,16 @@ class PairClassifier(nn.Module):
     Says which of two completions of a prompt is the better one: two logits, of the first and of the second.
 
     It reads prompt, first and second completion in one row, and its head the state of the last token. Dropout acts on
-    the token embeddings and on that state, which every model has; in training mode only.
+    what attention and MLP of each layer add, on the token embeddings and on that state; in training mode only.
 
     Args:
         backbone ([`~transformers.PreTrainedModel`]):
             Gives hidden states for embeddings; all its weights are trained.
         dropout (`float`):
             Rate in (0, 1).
+
+    Raises:
+        `ValueError`: if the backbone is not a stack of layers.
     """
 
     def __init__(self, backbone: PreTrainedModel, dropout: float):
@@ -78,6 +83,14 @@ class PairClassifier(nn.Module):
         self.dropout = nn.Dropout(dropout)
         width = backbone.get_input_embeddings().embedding_dim
         self.head = nn.Linear(width, 2, device=backbone.device, dtype=backbone.dtype)
+        for layer in decoder_layers(backbone):
+            for part in layer.children():
+                # Not the norms, whose weights are vectors
+                if any(parameter.ndim > 1 for parameter in part.parameters()):
+                    part.register_forward_hook(self._drop)
+
+    def _drop(self, part: nn.Module, inputs: tuple, output: torch.Tensor | tuple) -> torch.Tensor | tuple:
+        return (self.dropout(output[0]), *output[1:]) if isinstance(output, tuple) else self.dropout(output)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Logits of shape `(rows, 2)` for right-padded rows."""

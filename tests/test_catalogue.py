@@ -200,6 +200,50 @@ def test_values_out_of_range_are_refused_by_name(name, tmp_path):
             setattr(accepted, f.name, getattr(config(**settings(family, tmp_path)), f.name))
 
 
+# --- At default settings --------------------------------------------------------------------------------------------
+
+
+@cache
+def run_of_the_parent(family: str, fields: tuple, model: str, reward, folder: str) -> dict[str, torch.Tensor]:
+    """Weights after two steps of the family's base with some values of TRL's fields."""
+    base = load(FAMILIES[family].plain)
+    args = base.config_class(**settings(family, folder, max_steps=2) | dict(fields))
+    trainer = build(base, family, model, args, reward=reward)
+    trainer.train()
+    return weights(trainer)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_acts_at_default_settings_or_says_what_it_lacks(name, request, tmp_path, caplog):
+    case = next(case for case in CASES if case.method == name)
+    family, trainer_class = case.family, case.trainer
+    # Sizes alone are those of the tests
+    small = {"online_max_new_tokens": 6, "online_num_samples": 4, "rso_num_samples": 3}
+    known = {f.name: field_default(f) for f in dataclasses.fields(trainer_class.config_class)}
+    small = {key: value for key, value in small.items() if key in known and known[key] > value}
+    with caplog.at_level("WARNING"):
+        args = trainer_class.config_class(**settings(family, tmp_path, max_steps=2, **small))
+        model, reward = model_path(family, request), reward_of(trainer_class)
+        trainer = build(trainer_class, family, model, args, reward=reward)
+        trainer.train()
+    warned = f"'{name}'" in caplog.text or any(f"`{field}" in caplog.text for field in introduced_by(case))
+    # The base, with the values that the method gives to fields of the base
+    base = {f.name: field_default(f) for f in dataclasses.fields(load(FAMILIES[family].plain).config_class)}
+    changed = {key: value for key, value in known.items() if key in base and value != base[key]}
+    fields = tuple(sorted((changed | {k: v for k, v in small.items() if k in base}).items()))
+    folder = request.getfixturevalue("tmp_path_factory").mktemp("parent")
+    parent = run_of_the_parent(family, fields, model, reward, str(folder))
+    found = weights(trainer)
+    same = found.keys() == parent.keys() and all(torch.equal(found[key], parent[key]) for key in found)
+    signal = logged(trainer, case.declaration.signal)
+    assert all(map(math.isfinite, signal))
+    assert warned or (not same and any(signal)), f"signal {signal}, same weights: {same}, {caplog.text}"
+
+
+def introduced_by(case) -> list[str]:
+    return [field for field in introduced(load(case.method).config_class) if field.startswith(case.declaration.prefix)]
+
+
 # --- Equal to TRL, drop-in ------------------------------------------------------------------------------------------
 
 
@@ -481,6 +525,38 @@ def test_inheritance_composes_as_compose_does():
     assert Mine.config_class.__name__ == "MineConfig"
     assert {"lp-reg", "dler", "gain-rl"} <= set(Mine._tag_names)
     assert all(m.paper.citation in Mine._paper["citation"] for m in Mine.methods)
+
+
+def test_a_composed_class_is_composed_again():
+    lp_reg, dler, d3s = map(load_trainer, ("lp_reg", "dler", "d3s"))
+    both = compose(lp_reg, dler)
+    for parts in ((dler, both), (both, dler), (both, compose(dler, d3s)), (d3s, both, lp_reg)):
+        again = compose(*parts)
+        names = [m.name for m in again.methods]
+        assert set(names) == {m.name for part in parts for m in part.methods} and len(set(names)) == len(names)
+    with pytest.raises(TypeError, match=r"\['lp_reg', 'dler'\] are parts of several of .* Name each method once"):
+        compose(both, compose(dler, lp_reg))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_a_class_says_of_its_config_does_not_depend_on_the_order(family):
+    """Functions of the class follow plain inheritance: nobody may leave `super()` out where another acts."""
+    for pair in pairs_of(objectives_of(family), 2):
+        if not do_combine(*pair):
+            continue
+        said = []
+        for trainer_class in (compose(*pair), compose(*pair[::-1])):
+            fields = dataclasses.fields(trainer_class.config_class)
+            args = SimpleNamespace(**{f.name: field_default(f) for f in fields})
+            vars(args).update(active(pair, trainer_class))
+            functions = {f for found in trainer_class.stages.values() for f in found}
+            asked = [f for f in functions if isinstance(inspect.getattr_static(trainer_class, f), classmethod)]
+            said.append({f: found_by(getattr(trainer_class, f)(args)) for f in asked})
+        assert said[0] == said[1] and said[0], pair
+
+
+def found_by(answer):
+    return sorted(answer) if isinstance(answer, (list, tuple)) else answer
 
 
 def test_compose_refuses_what_does_not_combine():

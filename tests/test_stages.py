@@ -357,6 +357,30 @@ def test_a_plain_class_under_a_replacement_is_hidden_as_in_plain_inheritance():
     assert combine(Doubles, middle, one).mix() == combine(Doubles, one, middle).mix() == expected
 
 
+class Foreign:
+    """A mixin of no family."""
+
+    def mix(self, value=0):
+        return ["foreign", *super().mix(value + 1)]
+
+
+def test_a_foreign_mixin_acts_around_all_methods_or_is_refused():
+    one, replaces = extender("one"), replacer("two")
+    for order in ((one, replaces), (replaces, one)):
+        top = type("Top", (Foreign, *order), {})
+        assert top().mix() == ["foreign", "one", "two(2)"]
+        assert plain("higher", top)().mix() == ["higher", "foreign", "one", "two(3)"]
+        assert top().weigh() == ["weigh", "foreign", "one", "two(2)"]
+    told = (
+        r"`Hidden`: `Foreign` overrides `mix` of the stage 'mix' behind `(Extender|Base|Top)`.*derive it from `Base`"
+    )
+    for order in ((one, Foreign), (Base, Foreign), (one, Foreign, replaces), (extender("three"), top)):
+        with pytest.raises(TypeError, match=told):
+            type("Hidden", order, {})
+    # What touches no stage may stand anywhere
+    assert type("Free", (one, type("Other", (), {"state": nothing})), {})().mix() == ["one", "base(1)"]
+
+
 def column(name: str, **off) -> type:
     class Column(Base):
         method = named(name)

@@ -57,7 +57,23 @@ def compose(*parts: type | str, name: str | None = None) -> type:
         stems = [t.__name__.removesuffix(suffix) for t in loaded if t in trainers and t.methods]
         name = "".join([*stems, *(c.__name__ for c in components)]) + suffix
     doc = f"Combination of {', '.join(part.__name__ for part in loaded)}."
-    return type(name, tuple(trainers), {"__module__": __name__, "__doc__": doc, "components": tuple(components)})
+    body = {"__module__": __name__, "__doc__": doc, "components": tuple(components)}
+    held = [method.name for trainer in trainers for method in trainer.methods]
+    repeated = [name for name in dict.fromkeys(held) if held.count(name) > 1]
+    try:
+        return type(name, tuple(_without_parts(trainers)), body)
+    except TypeError as error:
+        if repeated and "MRO" in str(error):
+            raise TypeError(
+                f"`compose`: {repeated} are parts of several of {[t.__name__ for t in trainers]}, which list them in "
+                "different orders. Name each method once."
+            ) from error
+        raise
+
+
+def _without_parts(trainers: list[type]) -> list[type]:
+    """Trainers without those that others are made of, which bring them along."""
+    return [t for t in trainers if not any(other is not t and issubclass(other, t) for other in trainers)]
 
 
 def _bases_of(components: list[type[Component]]) -> list[type]:

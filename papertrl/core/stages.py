@@ -61,11 +61,12 @@ class Staged:
     the order in which methods were listed.
 
     A class that declares nothing, such as a user's, overrides a stage's functions as in plain inheritance: it acts
-    among the extenders, or, listed after the one that replaces the stage, inside of that.
+    among the extenders, or, listed after the one that replaces the stage, inside of that. A mixin that does not derive
+    from the family acts around all methods, and must be listed before them.
 
     Raises:
         `TypeError`: at class creation, if a method names a stage that there is not, or overrides a function of the
-            base whose stage it does not name.
+            base whose stage it does not name, or if a mixin of no family would be hidden by what is listed before it.
     """
 
     stages: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -82,6 +83,7 @@ class Staged:
             raise TypeError(f"`{cls.__name__}.method` must be a `Method`, got {cls.__dict__['method']!r}.")
         if isinstance(cls.__dict__.get("method"), Method):
             cls._check_declaration()
+        cls._check_mixins()
         functions = cls._functions()
         for name in functions if "stages" in cls.__dict__ else functions & cls.__dict__.keys():
             _install(cls, name, inspect.getattr_static(cls, name))
@@ -91,6 +93,21 @@ class Staged:
     def owners(cls) -> list[type]:
         """Classes of the methods that are combined in this one, in order of inheritance."""
         return [base for base in cls.__mro__ if isinstance(base.__dict__.get("method"), Method)]
+
+    @classmethod
+    def _check_mixins(cls) -> None:
+        """Check that no class that is not of the family is hidden, as those behind a method are."""
+        order = cls.__mro__
+        family = next((base for base in order if "stages" in base.__dict__), cls)
+        behind = order[next((i for i, base in enumerate(order) if base in (*cls.owners(), family)), 0) :]
+        for base in behind:
+            hidden = sorted(cls._functions() & base.__dict__.keys())
+            if hidden and not issubclass(base, Staged) and base not in family.__mro__:
+                raise TypeError(
+                    f"`{cls.__name__}`: `{base.__name__}` overrides `{hidden[0]}` of the stage "
+                    f"'{cls.stage_of(hidden[0])}' behind `{behind[0].__name__}`, where nobody would call it. List it "
+                    f"first, or derive it from `{family.__name__}`."
+                )
 
     @classmethod
     def _functions(cls) -> set[str]:

@@ -9,11 +9,11 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from papertrl import OblrPoGRPOConfig, OblrPoGRPOTrainer
+from papertrl import OblrPoGRPOConfig, OblrPoGRPOTrainer, compose
 from papertrl.losses.policy.oblr_po import gradient_noise, logit_energy, optimal_baseline, snr_multiplier
 
 from ..harness.rollouts import distributions, gradients, make, metric, run, sampled
-from ..harness.table import settings
+from ..harness.table import build, digit_parity, history, settings, weights
 
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 6), st.integers(0, 2**31))
 
@@ -328,3 +328,32 @@ def test_bad_values_are_refused(values, message, tmp_path):
 def test_a_pattern_without_a_parameter_is_refused(policy_path, tmp_path):
     with pytest.raises(ValueError, match=r"`snr_params` must match the name .* got 'lm_hed'"):
         make(OblrPoGRPOTrainer, policy_path, tmp_path, snr_params="lm_hed")
+
+
+class Further(compose(OblrPoGRPOTrainer, "dynamic_reward_weighting")):
+    """Makes the passes of both methods on each batch, besides, and uses nothing of them."""
+
+    def observe_batch(self, scored, record):
+        super().observe_batch(scored, record)
+        columns = torch.stack([record.advantages, -record.advantages], dim=1)
+        self.found = (*self._gradient_squares(record), *self._gram(record, columns).flatten())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_further_passes_are_not_seen_by_who_observes_gradients(checkpointing, policy_path, tmp_path):
+    options = {"oblr_weight": "uniform", "weighting_mode": "none", "gradient_checkpointing": checkpointing}
+    seen = {}
+    for cls in (compose(OblrPoGRPOTrainer, "dynamic_reward_weighting"), Further):
+        args = cls.config_class(**settings("policy", tmp_path / cls.__name__, max_steps=2, beta=0.04, **options))
+        trainer = build(cls, "policy", policy_path, args, reward=[begins_late, digit_parity])
+        gradients = []
+        for parameter in trainer.model.parameters():
+            parameter.register_hook(lambda g, gradients=gradients: gradients.append(g.norm().item()))
+        trainer.train()
+        seen[cls] = weights(trainer), gradients, history(trainer)
+    assert all(value.isfinite() and value != 0 for value in trainer.found)
+    (plain, gradients, logs), (further, other_gradients, other_logs) = seen.values()
+    assert all(torch.equal(weight, further[name]) for name, weight in plain.items())
+    assert gradients == other_gradients
+    # The noise of micro-batches, the learning rate that follows from it, and every other number
+    assert logs == other_logs and {"oblr_po/gradient_noise", "oblr_po/lr_multiplier", "kl"} <= logs[0].keys()

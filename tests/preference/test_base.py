@@ -7,6 +7,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig
 
+from papertrl.core.catalogue import load
 from papertrl.core.declaration import Method
 from papertrl.losses.preference.pair_losses import PAIR_LOSSES
 from papertrl.trainers.preference.base import PreferenceConfig, PreferenceTrainer
@@ -24,7 +25,9 @@ from ..harness.pairs import (
     recorded,
     weights,
 )
+from ..harness.table import objectives_of
 
+CONFIGS = {DPOTrainer: DPOConfig, PreferenceTrainer: PreferenceConfig}
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": False}
 
 OPTIONS = {
@@ -310,10 +313,10 @@ def test_columns_reach_the_loss_and_smooth_every_one(loss_type, tiny_path, token
     dataset = pairs().add_column("weight", weights).add_column("doubt", doubts)
     flipped = dataset.rename_columns({"chosen": "rejected", "rejected": "chosen"})
 
-    def losses(data, cls=PreferenceTrainer, **options):
-        trainer = make_trainer(
-            cls, tiny_path, tokenizer, tmp_path, dataset=data, loss_type=loss_type, label_smoothing=0.1, **options
-        )
+    options = {"loss_type": loss_type, "label_smoothing": 0.1 if "robust" in loss_type else 0.0}
+
+    def losses(data, cls=PreferenceTrainer):
+        trainer = make_trainer(cls, tiny_path, tokenizer, tmp_path, dataset=data, **options)
         trainer.model.train()
         return [
             trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator([row]))).item()
@@ -338,3 +341,36 @@ def test_two_passes_of_precomputed_references_do_not_see_columns(tiny_path, toke
         Columned, tiny_path, tokenizer, tmp_path, dataset=dataset, eval_dataset=dataset, precompute_ref_log_probs=True
     )
     assert trainer.evaluate()["eval_loss"] > 0
+
+
+@pytest.mark.parametrize(
+    ("unread", "read"),
+    [
+        ({"label_smoothing": 0.2}, {"loss_type": ["aot_unpaired"]}),
+        ({"label_smoothing": 0.2}, {"loss_type": ["sft", "robust"]}),
+        ({"discopop_tau": 0.3}, {"loss_type": ["discopop"]}),
+        ({"loss_type": ["nca_pair"], "f_divergence_type": "js_divergence"}, {"loss_type": ["ipo"]}),
+        ({"f_alpha_divergence_coef": 0.3}, {"f_divergence_type": "alpha_divergence"}),
+    ],
+)
+def test_settings_of_losses_that_no_loss_reads_are_refused(unread, read, tiny_path, tokenizer, tmp_path):
+    """TRL takes them and goes on without; a method's losses are those of the base, or refuse by themselves."""
+    name = list(unread)[-1]
+    for config_class in {load(method).config_class for method in objectives_of("preference")} | {PreferenceConfig}:
+        with pytest.raises(ValueError, match="|".join(f"`{setting}" for setting in unread)):
+            config_class(str(tmp_path), bf16=False, use_cpu=True, **unread)
+    # With what reads it, it changes the loss as in TRL
+    plain = {k: v for k, v in (unread | read).items() if k != name}
+    for cls in (DPOTrainer, PreferenceTrainer):
+        found = [
+            loss_and_gradients(trainer, first_batch(trainer))[0].item()
+            for options in (unread | read, plain)
+            for trainer in [make_trainer(cls, tiny_path, tokenizer, tmp_path, config_class=CONFIGS[cls], **options)]
+        ]
+        assert found[0] != pytest.approx(found[1], rel=1e-6)
+
+
+def test_two_that_move_the_reference_are_refused(tmp_path):
+    moving = {"online_iterations": 2, "online_reference": "ema", "sync_ref_model": True}
+    with pytest.raises(ValueError, match="`sync_ref_model` must be False with `online_reference='ema'`"):
+        PreferenceConfig(str(tmp_path), bf16=False, use_cpu=True, **moving)

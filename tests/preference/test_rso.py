@@ -201,9 +201,17 @@ def test_tournament_lets_winners_go_on(tiny_path, tokenizer, tmp_path):
 
 
 def test_judge_gives_logits_against_one_candidate_and_decides_pairs(tiny_path, tokenizer, tmp_path):
-    trainer = make(tiny_path, tokenizer, tmp_path, judged_by={"judge": ranker})
+    asked = []
+
+    def watched(prompts, firsts, seconds):
+        asked.extend(zip(firsts, seconds, strict=True))
+        return ranker(prompts, firsts, seconds)
+
+    trainer = make(tiny_path, tokenizer, tmp_path, judged_by={"judge": watched})
     trainer.train()
     groups, pairs = rounds_of(trainer)
+    # Nobody is compared with itself, although the baseline is a candidate
+    assert asked and all(first != second for first, second in asked)
     for group in groups:
         counts = [sum(c.isdigit() for c in text) for text in group["completions"]]
         baseline = random.Random(f"{trainer.args.seed} 0 {('rso baseline', group['row'])}").choice(counts)

@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, GPT2Config, Qwen3Config
 
 from papertrl import RlhfWorkflowDPOTrainer, UpoDPOConfig, UpoDPOTrainer, compose
 from papertrl.losses.preference.upo import (
@@ -19,6 +19,7 @@ from papertrl.losses.preference.upo import (
     selection_probabilities,
     smoothing_alpha,
 )
+from papertrl.models.observation import decoder_layers
 from papertrl.models.uncertainty import PairClassifier, TokenizedPair, fit, label_probabilities, loaded_backbone
 
 from ..harness.pairs import first_batch, history, loss_and_gradients, make_trainer, pairs, recorded
@@ -156,6 +157,42 @@ def test_probability_is_the_mean_over_orders_whatever_the_batch(tiny_path):
 def test_dropout_stays_on_and_differs_among_passes(tiny_path):
     found = label_probabilities(classifier_of(tiny_path), [TokenizedPair([5, 6], [7, 2], [9, 2])] * 3, 4, 8)
     assert found.unique().numel() == found.numel()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(vocab_size=50, n_embd=8, n_head=2, n_layer=3),
+        BertConfig(vocab_size=50, hidden_size=8, num_attention_heads=2, num_hidden_layers=3, intermediate_size=16),
+        Qwen3Config(vocab_size=50, hidden_size=8, num_attention_heads=2, num_key_value_heads=1, head_dim=4,
+                    num_hidden_layers=3, intermediate_size=16),
+    ],
+    ids=lambda config: config.model_type,
+)  # fmt: skip
+def test_every_layer_has_dropout(config):
+    """What a layer's attention and MLP add is dropped at the classifier's rate, in training mode alone."""
+    torch.manual_seed(0)
+    backbone = AutoModel.from_config(config)
+    for module in backbone.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    classifier = PairClassifier(backbone, 0.5)
+    states = []
+    for layer in decoder_layers(backbone):
+        layer.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+    row = torch.arange(1, 9)[None], torch.ones(1, 8).long()
+    passes = []
+    for training in (False, False, True):
+        classifier.train(training)
+        # Past the classifier's own dropout of embeddings and last state
+        embedded = backbone.get_input_embeddings()(row[0])
+        states.clear()
+        backbone(inputs_embeds=embedded, attention_mask=row[1])
+        passes.append([*states, backbone(inputs_embeds=embedded, attention_mask=row[1]).last_hidden_state])
+    still, again, one = passes
+    assert all(torch.equal(a, b) for a, b in zip(still, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(still[1:4], one[1:4], strict=True))
+    assert torch.equal(one[0], still[0]) and not torch.equal(one[-1], still[-1])
 
 
 def test_classifier_learns_and_contradicts_flipped_labels(tiny_path):

@@ -15,7 +15,7 @@ from ...losses.policy.dynamic_reward_weighting import (
     influence,
     meta_reward,
 )
-from ...models.observation import decoder_layers
+from ...models.observation import decoder_layers, gradients_apart
 from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .record import RolloutRecord, ScoredBatch
@@ -252,7 +252,7 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         totals = [torch.zeros(sources, p.numel(), device=p.device) for p in parameters]
         for rows in torch.arange(len(advantages)).split(self.args.per_device_train_batch_size):
             part = record.take(rows)
-            with self.compute_loss_context_manager():
+            with self.compute_loss_context_manager(), self.unlogged():
                 stats = self.policy_statistics(self.model, part)
                 penalty = self.beta * self.divergence(stats, part) if self.beta != 0.0 else 0.0
                 losses = [
@@ -260,7 +260,7 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
                     for source in advantages[rows.to(advantages.device)].unbind(1)
                 ]
             for k, loss in enumerate(losses):
-                gradients = torch.autograd.grad(loss, parameters, retain_graph=k + 1 < sources, allow_unused=True)
+                gradients = gradients_apart(loss, parameters, retain_graph=k + 1 < sources)
                 for total, gradient in zip(totals, gradients, strict=True):
                     if gradient is not None:
                         total[k] += gradient.flatten()

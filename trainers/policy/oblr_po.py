@@ -7,7 +7,7 @@ from ...core.declaration import declared
 from ...losses.head import sum_of_squares
 from ...losses.policy.groups import group_mean
 from ...losses.policy.oblr_po import logit_energy, optimal_baseline
-from ...models.observation import lm_head
+from ...models.observation import gradients_apart, lm_head
 from ...optimizers.snr_learning_rate import SnrLearningRate, SnrLearningRateConfig
 from .base import PolicyConfig, PolicyTrainer
 from .passes import OldPass
@@ -136,6 +136,6 @@ class OblrPoGRPOTrainer(PolicyTrainer):
         layout = (record.prompt_ids, record.prompt_mask, record.completion_ids, record.completion_mask)
         for *row, tokens in zip(*(part.split(1) for part in layout), record.loss_mask, strict=True):
             logps = self.score_rows(*row, gradient=True)
-            gradient = torch.autograd.grad((logps[0] * tokens).sum(), parameters, allow_unused=True)
+            gradient = gradients_apart((logps[0] * tokens).sum(), parameters)
             squares.append(torch.stack([g.float().square().sum() for g in gradient if g is not None]).sum())
         return torch.stack(squares)

@@ -9,6 +9,7 @@ from .collation import CarryingCollator
 from .online.judging import RewardScorer
 from .online.loop import OnlineLoop
 from .online.stages import OnlineStages
+from .replaced import refuse_unread_settings
 from .stages import PreferenceStages
 from .trl import OpenedDPOTrainer
 
@@ -64,8 +65,14 @@ class PreferenceConfig(MethodConfigMixin, DPOConfig):
 
     def validate(self) -> None:
         super().validate()
+        refuse_unread_settings(self)
         if self.online_iterations == 0:
             return
+        if self.sync_ref_model and self.online_reference != "initial":
+            raise ValueError(
+                f"`sync_ref_model` must be False with `online_reference={self.online_reference!r}`, got True: both "
+                "move the reference model."
+            )
         if 0 < self.max_steps < self.online_iterations:
             raise ValueError(
                 f"`online_iterations` must be at most `max_steps` ({self.max_steps}), got {self.online_iterations}."

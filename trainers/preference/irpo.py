@@ -59,8 +59,8 @@ class IrpoDPOConfig(PreferenceConfig):
     beta: float = method_field(1.0, "Factor on log-ratios per item. Default of the released code.", gt=0.0)
 
     def validate(self) -> None:
-        super().validate()
         refuse_settings_of_pair_losses(self, "irpo_weighting", "none")
+        super().validate()
 
 
 class IrpoDPOTrainer(PreferenceTrainer):

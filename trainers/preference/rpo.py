@@ -49,6 +49,9 @@ class RpoDPOTrainer(PreferenceTrainer):
     The two mean forms replace the last part by `rpo_coef` times a mean of −log π_θ(y_w,t | x), per completion and then
     over pairs (`sequence_mean`), or over tokens (`token_mean`). To carry a setting over: coef ≈ η · β · mean length.
 
+    `label_smoothing` acts with `loss_type="robust"` and others that read it, on L_DPO alone, and is refused with
+    `"sigmoid"`, of which TRL has no smoothed form.
+
     The term is on the policy's own log-probabilities, not on log-ratios; `ld_alpha`, `use_weighting` and
     `f_divergence_type` leave it alone. An empty completion contributes 0.
 

@@ -94,8 +94,8 @@ class RsoDPOTrainer(PreferenceTrainer):
     pairs.
 
     r is the score by `reward_funcs`. With a pairwise `judge` ρ instead, r(x, y) = logit ρ(x, y, y_b) against one
-    random candidate y_b of the prompt (Eq. 7), and ρ itself says who wins a pair. Ties make no pair. Each prompt has
-    random numbers of its own, and its candidates are visited in random order.
+    random candidate y_b of the prompt (Eq. 7), 0 for y_b itself, and ρ itself says who wins a pair. Ties make no pair.
+    Each prompt has random numbers of its own, and its candidates are visited in random order.
 
     With Δ the difference of log-ratios, or of log-probabilities, and γ = `beta`, the losses of the paper are
 

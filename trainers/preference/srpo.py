@@ -46,8 +46,8 @@ class SrpoDPOConfig(PreferenceConfig):
     )
 
     def validate(self) -> None:
-        super().validate()
         refuse_settings_of_pair_losses(self, "srpo_alpha", None)
+        super().validate()
         template = self.srpo_revision_template
         try:
             holds = "\x00" in template.format(prompt="", answer="\x00")

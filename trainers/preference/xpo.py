@@ -69,6 +69,9 @@ class XpoDPOTrainer(PreferenceTrainer):
     TRL; where another method replaces the stage *pair*, that method decides. If the two completions are the same text,
     the first part is constant, and the pair explores only. Evaluation reports the first part alone.
 
+    With `loss_type="ipo"`, h is divided by the length of its completion, as in [`~trl.DPOTrainer`]; the second part,
+    and TRL's experimental trainer throughout, has sums.
+
     Pairs of earlier iterations stay (`online_accumulate=True`), as in the paper's Algorithm 1, each with its own ỹ;
     α is that of the iteration that trains.
 

@@ -185,7 +185,8 @@ def compare(
     judge: Judge, prompts: list[Completion], firsts: list[Completion], seconds: list[Completion]
 ) -> list[float]:
     """
-    P(first ≻ second) of each pair, averaged over both orders so that a preference for a place cancels.
+    P(first ≻ second) of each pair, averaged over both orders so that a preference for a place cancels; ½ where both
+    are the same, without asking.
 
     Args:
         judge (`Callable`):
@@ -196,8 +197,17 @@ def compare(
     Raises:
         `ValueError`: if the judge does not return one number in [0, 1] per pair.
     """
-    if not prompts:
-        return []
+    # Of equal ones neither is better, and a judge that is asked may only err
+    asked = [i for i, (first, second) in enumerate(zip(firsts, seconds, strict=True)) if first != second]
+    wins = [0.5] * len(firsts)
+    if asked:
+        chosen = ([side[i] for i in asked] for side in (prompts, firsts, seconds))
+        for i, probability in zip(asked, _compare_different(judge, *chosen), strict=True):
+            wins[i] = probability
+    return wins
+
+
+def _compare_different(judge: Judge, prompts: list, firsts: list, seconds: list) -> list[float]:
     outcomes = []
     for order in ((firsts, seconds), (seconds, firsts)):
         probabilities = [float(p) for p in judge(prompts, *order)]
