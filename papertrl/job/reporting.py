@@ -152,7 +152,8 @@ def write_samples(problems: Any, before: Answers, after: Answers, path: Path) ->
         if "answer" in row:
             parts.append(f"Answer: `{row['answer']}`\n")
         for name, answers in (("Before", before), ("After", after)):
-            parts.append(f"{name} (score {answers.scores[i]:g}):\n\n{_fenced(answers.texts[i])}\n")
+            score = "no score" if answers.scores[i] is None else f"score {answers.scores[i]:g}"
+            parts.append(f"{name} ({score}):\n\n{_fenced(answers.texts[i])}\n")
     path.write_text("\n".join(parts))
 
 
