@@ -123,15 +123,6 @@ def test_rewards_get_all_that_training_gives(policy_path, tmp_path):
         look(trainer, [inapt])
 
 
-def test_a_reward_that_never_applies_is_refused_at_the_first_batch(policy_path, tmp_path):
-    async def inapt(completions, **kwargs):
-        return [None] * len(completions)
-
-    trainer = policy(policy_path, tmp_path, reward=inapt)
-    with pytest.raises(ValueError, match="`reward_funcs`: inapt returned `None` for all 8 completions"):
-        trainer.train()
-
-
 def test_a_run_on_own_data_is_measured_and_evaluated_by_its_own_rewards(policy_path, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
