@@ -7,9 +7,11 @@ from statistics import fmean
 import torch
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
-from ..evaluation.sampling import completion_logps
+from ..evaluation.sampling import answer_config, completion_logps
+from ..models.tokenization import end_tokens
+from ..rewards import call_rewards
 from ..samplers.decoding.rollout import sample_rollouts
 from ..tasks import Task
 
@@ -64,15 +66,8 @@ class Probe:
         model = model or self.model
         key = (temperature, samples, id(model))
         if key not in self._samples:
-            draws = (
-                {"temperature": temperature, "top_k": 0, "do_sample": True} if temperature else {"do_sample": False}
-            )
-            config = GenerationConfig(
-                max_new_tokens=self.max_new_tokens,
-                pad_token_id=self.tokenizer.pad_token_id,
-                eos_token_id=self.tokenizer.eos_token_id,
-                **draws,
-            )
+            ends = end_tokens(self.tokenizer, model.generation_config)
+            config = answer_config(self.tokenizer, ends, self.max_new_tokens, temperature)
             with torch.random.fork_rng():
                 torch.manual_seed(SEED)
                 counts = [samples] * len(self.problems)
@@ -90,14 +85,13 @@ class Probe:
         columns = {name: [self.problems[name][i] for i in rows] for name in self.problems.column_names}
         prompts = columns.pop("prompt")
         ids = self.completions(temperature, samples)
-        return (reward or self.task.reward)(
-            prompts=prompts, completions=self.texts(temperature, samples), completion_ids=ids, **columns
-        )
+        texts = self.texts(temperature, samples)
+        return call_rewards([reward or self.task.reward], prompts, texts, ids, columns, TrainerState())[0]
 
     @cached_property
     def prompt_ids(self) -> list[list[int]]:
         """Tokens of the held-out prompts."""
-        return self.tokenizer(list(self.problems["prompt"]), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(list(self.problems["prompt"]))["input_ids"]
 
     def logps(
         self, prompt_ids: list[list[int]], completion_ids: list[list[int]], model: PreTrainedModel | None = None

@@ -174,5 +174,10 @@ def write_samples(problems: Any, before: Answers, after: Answers, path: Path) ->
         if "answer" in row:
             parts.append(f"Answer: {code_span(str(row['answer']))}\n")
         for name, answers in (("Before", before), ("After", after)):
-            parts.append(f"{name} (score {answers.scores[i]:g}):\n\n{fenced(answers.texts[i])}\n")
-    path.write_text(scrub_text("\n".join(parts)), encoding="utf-8")
+            score = "no score" if answers.scores[i] is None else f"score {answers.scores[i]:g}"
+            parts.append(f"{name} ({score}):
+
+{fenced(answers.texts[i])}
+")
+    path.write_text(scrub_text("
+".join(parts)), encoding="utf-8")

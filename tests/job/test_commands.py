@@ -19,7 +19,7 @@ from papertrl.core.catalogue import DECLARATIONS, load
 from papertrl.evaluation.models import load_model
 from papertrl.job.arguments import choose, parse
 from papertrl.job.dry_run import dry_run
-from papertrl.job.processes import launch
+from papertrl.job.launching import launch
 
 from ..harness.table import settings
 from .conftest import flags

@@ -14,6 +14,7 @@ from papertrl import PolicyConfig, PolicyTrainer, PreferenceTrainer, SupervisedT
 from papertrl.core.errors import JobError
 from papertrl.evaluation import complete, load_model
 from papertrl.job.heldout import HeldOut
+from papertrl.job.reporting import write_samples
 
 from ..harness.rollouts import checksum
 from ..harness.table import build, settings
@@ -112,21 +113,14 @@ def test_rewards_get_all_that_training_gives(policy_path, tmp_path):
     assert (count, steps, columns) == (6, trainer.state.max_steps, {}) and answers.lengths == list(map(len, ids))
     partly = look(trainer, [lambda completions, **kwargs: [None, 4.0, None, None, None, 2.0]])
     assert partly.mean == 3.0 and partly.scores[0] is None
+    write_samples(Dataset.from_list(rows), answers, partly, tmp_path / "samples.md")
+    assert (tmp_path / "samples.md").read_text().count("After (no score)") == 4
     with pytest.raises(JobError, match="inapt returned `None` for all 6 held-out answers"):
 
         def inapt(completions, **kwargs):
             return [None] * len(completions)
 
         look(trainer, [inapt])
-
-
-def test_a_reward_that_never_applies_is_refused_at_the_first_batch(policy_path, tmp_path):
-    async def inapt(completions, **kwargs):
-        return [None] * len(completions)
-
-    trainer = policy(policy_path, tmp_path, reward=inapt)
-    with pytest.raises(ValueError, match="`reward_funcs`: inapt returned `None` for all 8 completions"):
-        trainer.train()
 
 
 def test_a_run_on_own_data_is_measured_and_evaluated_by_its_own_rewards(policy_path, tmp_path, monkeypatch, capsys):

@@ -75,7 +75,6 @@ class GenerationBatch:
         """Sample and score whole groups; in training also repair, filter and refill them."""
         rollouts, scored = self._round(self.inputs, prompts, self.prompt_indices)
         if self.training:
-            self._refuse_unscored(scored)
             keep = self._kept_groups(scored)
             if keep is not None:
                 rollouts, scored = self._refill(rollouts, scored, keep)
@@ -88,14 +87,6 @@ class GenerationBatch:
                 "left",
                 trainer.accelerator.device,
                 trainer.pad_to_multiple_of,
-            )
-
-    def _refuse_unscored(self, scored: ScoredBatch) -> None:
-        if self.trainer.state.global_step == 0 and bool(scored.raw_rewards.isnan().all()):
-            names = ", ".join(scored.source_names)
-            raise ValueError(
-                f"`reward_funcs`: {names} returned `None` for all {len(scored.raw_rewards)} completions of the first "
-                "batch, so that there is nothing to learn from. Choose a reward that applies to the data."
             )
 
     def _round(
