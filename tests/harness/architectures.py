@@ -40,14 +40,13 @@ _SIZES = {
 _DROPOUT = ("dropout", "pdrop", "dropout_prob", "dropout_rate")
 
 
-# What some architectures need beside that: layers of every kind, heads of other sizes, experts that go with others
+# What some architectures need beside that: as many heads of every kind, layers of every kind, a single expert
 ATTEMPTS = (
     {},
+    {"num_key_value_heads": 4},
     {"num_hidden_layers": 4},
-    {"qk_rope_head_dim": 4},
-    {"head_dim": 16},
+    {"num_hidden_layers": 8},
     {"num_experts_per_tok": 1},
-    {"num_hidden_layers": 4, "qk_rope_head_dim": 4},
 )
 
 

@@ -15,6 +15,7 @@ from papertrl.trainers.policy.passes import rollout_inputs
 from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets
 from papertrl.trainers.sharing import why_not_shared
 
+from ..harness.architectures import tiny_architecture, tiny_config
 from ..harness.table import active_config, build, dataset, digit_parity, settings, weights
 
 SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
@@ -72,6 +73,59 @@ def test_shared_prompts_give_log_probs_and_gradients_of_the_plain_forward(config
     torch.testing.assert_close(out.scores["entropy"], (expected_entropy * labels)[:, :time], rtol=1e-5, atol=1e-5)
     for (name, got), want in zip(shared.named_parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "options", "limit"),
+    [
+        ("opt", {}, None),
+        (
+            "phi3",
+            {
+                "sliding_window": None,
+                "original_max_position_embeddings": 13,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "factor": 4.0,
+                    "original_max_position_embeddings": 13,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [4.0] * 4,
+                },
+            },
+            13,
+        ),
+    ],
+    ids=["positions-from-the-mask", "long-factors"],
+)
+def test_a_trainer_scores_as_trl_wherever_positions_come_from(
+    architecture, options, limit, tokenizer, tmp_path, caplog
+):
+    model = tiny_architecture(tiny_config(architecture, **options))
+    trainer = PolicyTrainer(
+        model,
+        digit_parity,
+        PolicyConfig(**settings("policy", tmp_path)),
+        train_dataset=dataset("policy"),
+        processing_class=tokenizer,
+    )
+    assert trainer.sharing.limit == limit
+    trainer.model.eval()
+    for time in (5, 6, 7):
+        ids, mask, width = random_batch(time=time)
+        assert width == 7
+        with torch.no_grad():
+            found, expected = (
+                of._get_per_token_logps_and_entropies(trainer, trainer.model, ids, mask, time)[0]
+                for of in (PolicyTrainer, GRPOTrainer)
+            )
+        apart = ((found - expected) * mask[:, width:]).abs().max()
+        assert apart < 1e-4
+        # Above the limit it is TRL's own pass
+        assert trainer.shares(ids.shape[1]) == (time < 7 or limit is None) and (
+            trainer.shares(ids.shape[1]) or apart == 0
+        )
+    assert caplog.text.count("rows longer than 13 tokens") == (limit is not None)
 
 
 def test_padding_cannot_leak_into_shared_scores():
