@@ -115,7 +115,7 @@ def draw_curves(metrics: list[dict[str, Any]], signals: dict[str, str], title: s
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     for index, (key, name, label) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), (int, float))]
