@@ -7,12 +7,9 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from ..hub.cards import cell as table_cell
+
 COLUMNS = 4
-
-
-def shown(name: str) -> str:
-    """A model's name in a table cell."""
-    return name.replace("|", "\\|")
 
 
 def cell(value: dict[str, float], sign: str = "") -> str:
@@ -24,7 +21,7 @@ def markdown(result: dict[str, Any]) -> str:
     """Tables of a result: every model's metrics, and the paired differences to the first model."""
     parts = ["# Evaluation", f"{caption(result)}.", _rows(result["models"], "")]
     if result["differences"]:
-        first = shown(next(iter(result["models"])))
+        first = table_cell(next(iter(result["models"])))
         parts += [f"Paired differences to {first}:", _rows(result["differences"], "+")]
     return "\n\n".join(parts)
 
@@ -40,7 +37,7 @@ def caption(result: dict[str, Any]) -> str:
 
 def _rows(models: dict[str, dict[str, dict[str, float]]], sign: str) -> str:
     metrics = list(dict.fromkeys(metric for each in models.values() for metric in each))
-    lines = [f"| metric | {' | '.join(map(shown, models))} |", f"|---|{'---|' * len(models)}"]
+    lines = [f"| metric | {' | '.join(map(table_cell, models))} |", f"|---|{'---|' * len(models)}"]
     for metric in metrics:
         cells = [cell(each[metric], sign) if metric in each else "" for each in models.values()]
         lines.append(f"| {metric.replace('_', ' ')} | {' | '.join(cells)} |")
@@ -55,18 +52,24 @@ def draw(result: dict[str, Any], path: Path) -> None:
     rows = -(-len(metrics) // columns)
     width = max(3.4 * columns, 5.0)
     figure = Figure(figsize=(width, 0.5 + (1.3 + 0.45 * len(models)) * rows), layout="constrained")
-    title = f"{'Evaluation of ' + shown(next(iter(models))) if len(models) == 1 else 'Evaluation'}\n{caption(result)}"
-    figure.suptitle("\n".join(line for part in title.split("\n") for line in wrap(part, int(13 * width))), fontsize=10)
+    title = f"{'Evaluation of ' + next(iter(models)) if len(models) == 1 else 'Evaluation'}\n{caption(result)}"
+    figure.suptitle(
+        "\n".join(line for part in title.split("\n") for line in wrap(part, int(13 * width))),
+        fontsize=10,
+        parse_math=False,
+    )
     for i, metric in enumerate(metrics):
         axes = figure.add_subplot(rows, columns, i + 1)
-        for y, (name, each) in enumerate(models.items()):
+        for y, each in enumerate(models.values()):
             if metric in each:
                 value = each[metric]
                 axes.plot(
                     [value["low"], value["high"]], [y, y], linewidth=3, alpha=0.4, solid_capstyle="butt", color=f"C{y}"
                 )
-                axes.plot(value["value"], y, "o", color=f"C{y}", label=shown(name))
-        axes.set_yticks(range(len(models)), [shown(name)[-18:] for name in models] if i % columns == 0 else [])
+                axes.plot(value["value"], y, "o", color=f"C{y}")
+        axes.set_yticks(
+            range(len(models)), [name[-18:] for name in models] if i % columns == 0 else [], parse_math=False
+        )
         axes.set_ylim(len(models) - 0.4, -0.6)
         axes.set_title(metric.replace("_", " "), fontsize=10)
         axes.grid(axis="x", alpha=0.3)

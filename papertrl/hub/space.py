@@ -17,6 +17,7 @@ from ..core.parsing import CommandParser
 from .cards import pipeline_of
 from .client import Item
 from .files import START_MODEL
+from .health import check_model
 from .publication import MODEL, REPORTS, publishable
 from .runfile import read_run
 from .scrubbing import scrub
@@ -136,6 +137,7 @@ model; a private one needs the secret `HF_TOKEN` of an account that may read it.
 
 
 def _carried(bundle: Path) -> list[Item]:
+    check_model(bundle)
     items, _ = publishable(bundle, (*MODEL, *REPORTS))
     start = bundle / START_MODEL
     if start.is_dir() and not start.is_symlink():

@@ -131,7 +131,7 @@ def draw_curves(metrics: list[dict[str, Any]], signals: dict[str, str], title: s
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(5 * columns, 3.6 * rows + 0.6), layout="constrained")
-    figure.suptitle(title, fontsize=13)
+    figure.suptitle(title, fontsize=13, parse_math=False)
     for index, (key, name, label) in enumerate(panels):
         axes = figure.add_subplot(rows, columns, index + 1)
         points = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), (int, float))]
@@ -175,9 +175,5 @@ def write_samples(problems: Any, before: Answers, after: Answers, path: Path) ->
             parts.append(f"Answer: {code_span(str(row['answer']))}\n")
         for name, answers in (("Before", before), ("After", after)):
             score = "no score" if answers.scores[i] is None else f"score {answers.scores[i]:g}"
-            parts.append(f"{name} ({score}):
-
-{fenced(answers.texts[i])}
-")
-    path.write_text(scrub_text("
-".join(parts)), encoding="utf-8")
+            parts.append(f"{name} ({score}):\n\n{fenced(answers.texts[i])}\n")
+    path.write_text(scrub_text("\n".join(parts)), encoding="utf-8")

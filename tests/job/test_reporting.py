@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 from matplotlib.figure import Figure
 
-from papertrl.evaluation.report import draw
+from papertrl.evaluation.report import draw, markdown
 from papertrl.hub.scrubbing import shortened
 from papertrl.job.heldout import Answers
 from papertrl.job.reporting import draw_curves, write_samples
@@ -31,7 +31,7 @@ def test_curves_say_what_is_raw_and_what_is_smoothed(figures, steps, legend):
     assert shown == ([legend] if legend else [])
 
 
-@pytest.mark.parametrize("models", [["runs/a"], ["a", "b"]])
+@pytest.mark.parametrize("models", [["runs/a"], ["a", "b"], ["run$s_{a$", "a|<b>"]])
 def test_an_evaluation_has_a_title(figures, models):
     value = {"value": 0.123456, "low": 0.1, "high": 0.2}
     result = {
@@ -41,11 +41,24 @@ def test_an_evaluation_has_a_title(figures, models):
     }
     draw(result, Path("x.png"))
     title = figures[0].get_suptitle()
+    figures[0].draw_without_rendering()
     assert title.startswith("Evaluation") and "64 prompts of some-owner/some-very-long-name-of-a-dataset" in title
     assert ("runs/a" in title) == (len(models) == 1)
     for axes in figures[0].axes:
         low, high = axes.get_xlim()
         assert len([tick for tick in axes.get_xticks() if low <= tick <= high]) <= 5
+
+
+def test_names_stay_text_in_a_report():
+    value = {"value": 0.5, "low": 0.1, "high": 0.9}
+    result = {
+        "models": {"a|<b>": {"accuracy": value}, "c": {"accuracy": value}},
+        "differences": {"c": {"accuracy": value}},
+        "dataset": {"id": "d", "prompts": 2},
+        "settings": {"temperature": 1.0, "num_samples": 2, "seeds": [0]},
+    }
+    text = markdown(result)
+    assert "| metric | a\\|&lt;b> | c |" in text and "Paired differences to a\\|&lt;b>:" in text
 
 
 def test_samples_stay_within_their_blocks(tmp_path):
