@@ -10,6 +10,7 @@ from ...losses.policy.d3s import (
     max_variance_per_group,
     max_variance_subset,
     select_tokens,
+    share_of,
     token_scores,
 )
 from .base import PolicyConfig, PolicyTrainer
@@ -116,7 +117,7 @@ class D3sGRPOTrainer(PolicyTrainer):
         if ratio == 1.0:
             return
         if self.args.d3s_scope == "cross_group":
-            keep = max_variance_subset(advantages, max(1, round(ratio * advantages.numel())))
+            keep = max_variance_subset(advantages, share_of(advantages.numel(), ratio))
         else:
             keep = max_variance_per_group(advantages, scored.group_ids, ratio)
         record.row_weight = record.row_weight * keep[scored.local]
