@@ -303,9 +303,14 @@ def test_shares_are_rounded_up(total, ratio, count):
 def test_no_update_is_empty_where_a_batch_serves_several(policy_path, tmp_path):
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 4}
     options |= {"d3s_sample_ratio_start": 0.25, "d3s_sample_ratio_end": 0.25, "max_steps": 8}
+    options |= {"d3s_token_ratio_start": 0.5, "d3s_token_ratio_end": 0.5}
     trainer = run(D3sGRPOTrainer, policy_path, tmp_path, **options)
     assert len(trainer.generations) == 2
     for number, (_, batch, _, _) in enumerate(trainer.generations):
-        assert int((batch["row_weight"] > 0).sum()) == 4
-        for inputs, _, _ in trainer.micro_batches[4 * number : 4 * number + 4]:
-            assert ((inputs["row_weight"] > 0) & inputs["loss_mask"].any(1)).any()
+
+        def live(record):
+            return int(((record["row_weight"] > 0) & record["loss_mask"].any(1)).sum())
+
+        assert int((batch["row_weight"] > 0).sum()) == 4 and live(batch) > 1
+        updates = [live(inputs) for inputs, _, _ in trainer.micro_batches[4 * number : 4 * number + 4]]
+        assert sum(updates) == live(batch) and sum(map(bool, updates)) == min(4, live(batch))

@@ -330,7 +330,7 @@ def test_long_trajectories_lose_value(policy_path, tmp_path):
     one, two = plain.generations[0][1], taxed.generations[0][1]
     assert torch.equal(one["completion_ids"], two["completion_ids"])
     penalties = overlong_penalty(one["completion_mask"].sum(1), 8, 0.5).view(-1, 4)
-    assert penalties.min() == -1 and penalties.max() > -1
+    assert penalties.min() < 0 and penalties.max() > penalties.min()
     shift = (penalties - penalties.mean(1, keepdim=True)).flatten().unsqueeze(1)
     mask = one["completion_mask"]
     torch.testing.assert_close(two["advantages"] * mask, (one["advantages"] + shift) * mask)

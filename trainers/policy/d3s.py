@@ -70,7 +70,9 @@ class D3sGRPOTrainer(PolicyTrainer):
     K grow linearly over training, so that the model does not over-fit the strong signals. Advantages are not
     standardized again after the selection. The loss is the configured one, averaged over what was kept.
 
-    Rows that are not kept get weight 0 and stay in the batch, so that every rank has equally many.
+    N and the number of tokens are rounded up. Rows that are not kept get weight 0 and stay in the batch, so that every
+    rank has equally many. Where a generation batch serves several updates, those with a token that was kept are shared
+    out among them; if there are fewer than updates, some updates have none.
 
     Relations:
         `top_entropy_quantile` keeps tokens by entropy alone and per micro-batch. DLER filters whole prompts without
