@@ -1,5 +1,7 @@
 """D³S (arXiv:2509.22115): the rollouts with the most varied advantages, and their most telling tokens."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -42,12 +44,17 @@ def max_variance_subset(advantages: Float[Tensor, " rows"], size: int) -> Bool[T
 def max_variance_per_group(
     advantages: Float[Tensor, " rows"], group_ids: Int[Tensor, " rows"], ratio: float
 ) -> Bool[Tensor, " rows"]:
-    """[`max_variance_subset`] inside every group, with `max(1, round(ratio · group size))` rows (D³S-I)."""
+    """[`max_variance_subset`] inside every group, with [`share_of`] the group's rows (D³S-I)."""
     keep = torch.zeros_like(advantages, dtype=torch.bool)
     for group in torch.unique(group_ids):
         rows = (group_ids == group).nonzero().squeeze(1)
-        keep[rows] = max_variance_subset(advantages[rows], max(1, round(ratio * rows.numel())))
+        keep[rows] = max_variance_subset(advantages[rows], share_of(rows.numel(), ratio))
     return keep
+
+
+def share_of(total: int, ratio: float) -> int:
+    """⌈`ratio` · `total`⌉, at least 1, and not one more for a rounding error of the product."""
+    return max(1, math.ceil(ratio * total - 1e-9))
 
 
 def token_scores(
@@ -58,10 +65,10 @@ def token_scores(
 
 
 def largest_share(scores: Float[Tensor, " tokens"], ratio: float) -> Float[Tensor, ""]:
-    """Smallest score among the `max(1, round(ratio · tokens))` largest ones; `-inf` for no tokens."""
+    """Smallest score among the largest ones, [`share_of`] all; `-inf` for no tokens."""
     if scores.numel() == 0:
         return scores.new_tensor(-torch.inf)
-    count = max(1, round(ratio * scores.numel()))
+    count = share_of(scores.numel(), ratio)
     return torch.kthvalue(scores, scores.numel() - count + 1).values
 
 

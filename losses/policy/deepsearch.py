@@ -35,6 +35,7 @@ def node_advantages(
     temperature: float,
     maximum: float,
     normalization: str,
+    penalties: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "rows nodes"]:
     """
     Advantages of the nodes of one tree's trajectories: soft-clipped values minus the mean reward (Eq. 13 and 15).
@@ -52,6 +53,8 @@ def node_advantages(
             ε and q_max.
         normalization (`str`):
             `"sibling_mean"`; `"sibling_mean_std"`, which divides by the standard deviation + 1e-6; or `"none"`.
+        penalties (`torch.Tensor` of shape `(rows,)`, *optional*):
+            What is added to the value of every node of a trajectory, its terminal's reward included, before the mean.
 
     Returns:
         `torch.Tensor` of shape `(rows, nodes)`: 0 on padding.
@@ -61,12 +64,31 @@ def node_advantages(
     rewards = values.gather(1, last)
     terminal = torch.arange(values.shape[1], device=values.device) == last
     advantages = torch.where(terminal, values, torch.tanh(values / temperature) * maximum)
+    if penalties is not None:
+        advantages, rewards = advantages + penalties.unsqueeze(1), rewards + penalties.unsqueeze(1)
     if normalization != "none":
         advantages = advantages - rewards.mean()
     if normalization == "sibling_mean_std":
         std = rewards.std(correction=0)
         advantages = torch.where(std > 0, advantages / (std + _STD_EPSILON), advantages)
     return advantages * present
+
+
+def overlong_penalty(lengths: Int[Tensor, " rows"], longest: int, share: float) -> Float[Tensor, " rows"]:
+    """
+    min((L − C − n) / C, 0) for a completion of n tokens, with L the `longest` and C = `share` · L; 0 for no share.
+
+    Args:
+        lengths (`torch.Tensor` of shape `(rows,)`):
+            n.
+        longest (`int`):
+            L.
+        share (`float`):
+            Part of the longest completion in which the penalty falls from 0 to −1; the paper's is 4096 of 16384.
+    """
+    if share == 0:
+        return torch.zeros(lengths.shape)
+    return ((longest * (1 - share) - lengths) / (longest * share)).clamp(max=0.0)
 
 
 def spread_nodes(

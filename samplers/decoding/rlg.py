@@ -108,6 +108,8 @@ class Rlg(Component):
     whose log-probabilities are in `sampling_per_token_logps`. Truncation and weights per token make this biased, as
     in TRL's correction for vLLM in the mode `token_truncate`.
 
+    Left out are first steps without guidance, which the released code has for denoising and sets to 0.
+
     It costs a second model and cache, and twice the forward passes of sampling. Needs the rollout loop of this
     library. A bare TRL trainer has no door for it, since its `generation_kwargs` hold no processors; `generate` takes
     [`~.guidance.GuidanceLogitsProcessor`].

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from trl.data_utils import common_prefix_length, is_conversational
 from trl.trainer.utils import pad
 
@@ -13,6 +14,10 @@ from ...core.slots import Component
 from ...losses.policy.gain_rl import mean_pairwise_cosine, prefill_signal
 from ...models.observation import Pass, last_mlp, observe
 from .angle_curriculum import AngleCurriculum
+
+logger = get_logger(__name__)
+# Odds of the first prompt against the last below which there is no curriculum to speak of
+_FLAT = 1.5
 
 
 @method_config
@@ -106,6 +111,21 @@ class GainRl(Component):
             raise ValueError(f"`gain_accuracy_reward` must be one of {known}, got {name!r}.")
         self._accuracy_column = 0 if name is None else known.index(name)
         last_mlp(trainer.model)
+        dataset = trainer.train_dataset
+        if self.config.gain_sigma is not None and hasattr(dataset, "__len__"):
+            sigma = self._prompts(self.config.gain_sigma, len(dataset))
+            odds = math.exp((len(dataset) - 1) ** 2 / (2 * sigma**2)) if len(dataset) < 10 * sigma else math.inf
+            if odds < _FLAT:
+                logger.warning(
+                    f"'gain_rl': with `gain_sigma`={self.config.gain_sigma:g} the first of {len(dataset)} prompts is "
+                    f"at the start only {odds:.2f} times as likely as the last one, hardly a curriculum. Below 1, "
+                    "`gain_sigma`, `gain_step` and `gain_shift_max` are shares of the dataset; try 0.15, 0.05 and 0.1."
+                )
+
+    @staticmethod
+    def _prompts(value: float, total: int) -> float:
+        """A number of prompts, of `total`, that the config gives as such or as a share."""
+        return value * total if value < 1 else value
 
     def choose(self, count: int, round: int, generator: torch.Generator) -> list[int]:
         if self._curriculum is None:
@@ -147,16 +167,13 @@ class GainRl(Component):
             self._seen = set(state["seen"])
 
     def _make_curriculum(self, order: torch.Tensor, count: int) -> AngleCurriculum:
-        def prompts(value: float) -> float:
-            return value * len(order) if value < 1 else value
-
-        config = self.config
+        config, total = self.config, len(order)
         return AngleCurriculum(
             order,
-            sigma=prompts(config.gain_sigma),
-            step=prompts(config.gain_step),
+            sigma=self._prompts(config.gain_sigma, total),
+            step=self._prompts(config.gain_step, total),
             shift_min=config.gain_shift_min,
-            shift_max=prompts(config.gain_shift_max),
+            shift_max=self._prompts(config.gain_shift_max, total),
             alpha_acc=config.gain_alpha_acc,
             alpha_angle=config.gain_alpha_angle,
             beta=config.gain_beta,

@@ -317,3 +317,26 @@ def test_record_refuses_what_breaks_its_contract(policy_path, tmp_path):
         build(LossOnPadding, "policy", policy_path, args).train()
     with pytest.raises(ValueError, match=r"`row_weight` has shape \(3,\), expected \(8,\)"):
         build(WrongShape, "policy", policy_path, args).train()
+
+
+@pytest.mark.parametrize(
+    ("method", "inert", "off"),
+    [("disco", "the constraint", {"disco_beta": 0.0}), ("hapo", "the adaptive clip ranges", {"hapo_clip_alpha": 0.0})],
+)
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({}, True),
+        ({"gradient_accumulation_steps": 4, "steps_per_generation": 2}, True),
+        ({"num_iterations": 2}, False),
+        ({"steps_per_generation": 4}, False),
+    ],
+)
+def test_what_has_no_effect_on_policy_is_told(method, inert, off, values, told, policy_path, tmp_path, caplog):
+    trainer_class = load_trainer(method)
+    for settled, expected in ((values, told), (values | off, False)):
+        caplog.clear()
+        args = trainer_class.config_class(**settings("policy", tmp_path, **settled))
+        build(trainer_class, "policy", policy_path, args)
+        found = [r.getMessage() for r in caplog.records if inert in r.getMessage()]
+        assert (len(found) == 1) == expected and all("`num_iterations` above 1" in text for text in found)

@@ -15,6 +15,7 @@ from papertrl.losses.policy.d3s import (
     max_variance_per_group,
     max_variance_subset,
     select_tokens,
+    share_of,
     token_scores,
 )
 
@@ -71,7 +72,7 @@ def test_inside_groups(drawn, ratio):
     for group in set(ids.tolist()):
         members = values[ids == group].tolist()
         informative = sum(v != 0 for v in members)
-        size = max(1, round(ratio * len(members)))
+        size = max(1, math.ceil(ratio * len(members) - 1e-9))
         size = min(size, informative) if informative else size
         chosen = values[keep & (ids == group)].tolist()
         assert len(chosen) == size
@@ -103,7 +104,7 @@ def test_scores(rows, time, seed, per_token):
 @given(st.lists(st.floats(0, 9), min_size=1, max_size=30), st.floats(0.01, 1))
 def test_largest_share(scores, ratio):
     found = largest_share(torch.tensor(scores, dtype=torch.float64), ratio)
-    assert found.item() == sorted(scores, reverse=True)[max(1, round(ratio * len(scores))) - 1]
+    assert found.item() == sorted(scores, reverse=True)[max(1, math.ceil(ratio * len(scores) - 1e-9)) - 1]
 
 
 def test_largest_share_of_nothing():
@@ -118,7 +119,7 @@ def test_the_share_is_kept_and_tokens_without_signal_go_first(rows, time, seed, 
     keep = select_tokens(scores, mask, threshold)
     assert not bool((keep & (mask == 0)).any())
     valid = sorted(scores[mask.bool()].tolist(), reverse=True)
-    count = max(1, round(ratio * len(valid)))
+    count = max(1, math.ceil(ratio * len(valid) - 1e-9))
     kept = sorted(scores[keep].tolist(), reverse=True)
     # No two non-zero scores are alike, so that the share is exact
     assert kept == [score for score in valid[:count] if score > 0]
@@ -177,7 +178,7 @@ def test_what_a_run_keeps(scope, policy_path, tmp_path):
         scored, batch, _, _ = generation
         (sample_ratio, token_ratio), rows, scores = kept_by_hand(trainer, generation, step)
         advantages = scored.advantages.tolist()
-        size = min(max(1, round(sample_ratio * 12)), sum(a != 0 for a in advantages))
+        size = min(max(1, math.ceil(sample_ratio * 12 - 1e-9)), sum(a != 0 for a in advantages))
         seen.append(size)
         assert len(rows) == size and set(batch["row_weight"].tolist()) <= {0.0, 1.0}
         assert variance([advantages[i] for i in rows]) == pytest.approx(best_variance(advantages, size), abs=1e-6)
@@ -186,7 +187,7 @@ def test_what_a_run_keeps(scope, policy_path, tmp_path):
         groups = [scores] if scope == "batch" else [{k: v for k, v in scores.items() if k[0] == i} for i in rows]
         expected = set()
         for group in groups:
-            last = sorted(group.values(), reverse=True)[max(1, round(token_ratio * len(group))) - 1]
+            last = sorted(group.values(), reverse=True)[max(1, math.ceil(token_ratio * len(group) - 1e-9)) - 1]
             # Rollouts of one prompt begin alike: tokens that tie with the last one are kept with it
             expected |= {k for k, score in group.items() if score >= last - 1e-5}
         assert kept == expected
@@ -236,7 +237,7 @@ def test_a_group_without_signal_takes_no_share_of_the_tokens(policy_path, tmp_pa
     flat = scored.advantages == 0
     assert 4 <= int(flat.sum()) < 12
     assert batch["loss_mask"][flat].sum() == 0
-    share = round(0.1 * int(batch["completion_mask"].sum()))
+    share = math.ceil(0.1 * int(batch["completion_mask"].sum()) - 1e-9)
     assert share <= batch["num_items_in_batch"] <= share + 3
 
 
@@ -290,3 +291,26 @@ def test_evaluation_takes_everything(policy_path, tmp_path):
 def test_bad_values_are_refused(values, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         D3sGRPOConfig(**settings("policy", tmp_path, **values))
+
+
+@pytest.mark.parametrize(
+    ("total", "ratio", "count"), [(30, 0.1, 3), (7, 0.25, 2), (10, 0.31, 4), (3, 0.01, 1), (16, 0.75, 12), (9, 0.5, 5)]
+)
+def test_shares_are_rounded_up(total, ratio, count):
+    assert share_of(total, ratio) == count
+
+
+def test_no_update_is_empty_where_a_batch_serves_several(policy_path, tmp_path):
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "steps_per_generation": 4}
+    options |= {"d3s_sample_ratio_start": 0.25, "d3s_sample_ratio_end": 0.25, "max_steps": 8}
+    options |= {"d3s_token_ratio_start": 0.5, "d3s_token_ratio_end": 0.5}
+    trainer = run(D3sGRPOTrainer, policy_path, tmp_path, **options)
+    assert len(trainer.generations) == 2
+    for number, (_, batch, _, _) in enumerate(trainer.generations):
+
+        def live(record):
+            return int(((record["row_weight"] > 0) & record["loss_mask"].any(1)).sum())
+
+        assert int((batch["row_weight"] > 0).sum()) == 4 and live(batch) > 1
+        updates = [live(inputs) for inputs, _, _ in trainer.micro_batches[4 * number : 4 * number + 4]]
+        assert sum(updates) == live(batch) and sum(map(bool, updates)) == min(4, live(batch))

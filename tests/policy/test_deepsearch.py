@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from papertrl import DeepsearchGRPOConfig, DeepsearchGRPOTrainer, DlerGRPOTrainer, PolicyTrainer, compose
 from papertrl.core.catalogue import DECLARATIONS
-from papertrl.losses.policy.deepsearch import back_up, node_advantages, spread_nodes
+from papertrl.losses.policy.deepsearch import back_up, node_advantages, overlong_penalty, spread_nodes
 from papertrl.trainers.policy.record import Source
 
 from ..harness.rollouts import checksum, distributions, gradients, make, metric, run, sampled
@@ -103,7 +103,12 @@ def test_every_token_has_the_value_of_its_node(lengths, extra):
 
 # --- The trainer ------------------------------------------------------------------------------------------------
 
-SEARCH = {**DECLARATIONS["deepsearch"].active, "num_generations": 4, "per_device_train_batch_size": 6}
+SEARCH = {
+    **DECLARATIONS["deepsearch"].active,
+    "num_generations": 4,
+    "per_device_train_batch_size": 6,
+    "tree_overlong_share": 0.0,
+}
 
 
 def dumped(folder):
@@ -254,6 +259,83 @@ def test_nothing_is_replayed_without_a_bound(policy_path, tmp_path):
     assert metric(trainer, "deepsearch/cached_prompt_fraction") == [0.0, 0.0]
 
 
+def test_a_prompt_that_is_solved_leaves_the_replay(policy_path, tmp_path):
+    """It comes in for its one right answer, and is searched again once its new answers are right."""
+    rare = Rare()
+
+    def turning(prompts, completions, trainer_state, **kwargs):
+        return [1.0] * len(prompts) if trainer_state.global_step > 0 else rare(prompts, completions)
+
+    data = Dataset.from_dict({"prompt": ["1+2=", "3+4=", "5+6="]})
+    options = SEARCH | {"max_steps": 3, "max_completion_length": 8, "temperature": 1.0}
+    trainer = run(DeepsearchGRPOTrainer, policy_path, tmp_path, turning, data, **options)
+    before, replayed, after = metric(trainer, "deepsearch/cached_prompt_fraction")
+    assert before == 0.0 and replayed > 0 and after == 0.0
+    assert trainer.method_state()["deepsearch"] == {}
+
+
+def test_other_rewards_do_not_decide_which_completions_are_right(policy_path, tmp_path):
+    def tax(completions, **kwargs):
+        return [-2.0 if len(text) % 2 else 0.25 for text in completions]
+
+    found = []
+    for rewards, name in (([checksum], None), ([checksum, tax], None), ([tax, checksum], "checksum")):
+        options = SEARCH | {"max_steps": 1, "tree_correctness_reward": name}
+        trainer = run(DeepsearchGRPOTrainer, policy_path, tmp_path / f"{len(found)}", rewards, **options)
+        found.append((trainer.generations[0][1], metric(trainer, "deepsearch/correct_fraction")))
+    for batch, right in found[1:]:
+        assert torch.equal(batch["completion_ids"], found[0][0]["completion_ids"])
+        assert torch.equal(batch["advantages"], found[0][0]["advantages"]) and right == found[0][1]
+    assert 0 < found[0][1][0] < 1
+    # Partial credit up to `success_threshold` is no right answer
+    half = run(
+        DeepsearchGRPOTrainer,
+        policy_path,
+        tmp_path / "half",
+        lambda completions, **kwargs: [0.5] * len(completions),
+        **SEARCH | {"max_steps": 1, "success_threshold": 0.5},
+    )
+    assert metric(half, "deepsearch/correct_fraction") == [0.0]
+
+
+def test_the_correctness_reward_is_known_and_told(policy_path, tmp_path, caplog):
+    with pytest.raises(ValueError, match=r"`tree_correctness_reward` must be one of \['checksum'\], got 'other'"):
+        make(DeepsearchGRPOTrainer, policy_path, tmp_path, **SEARCH, tree_correctness_reward="other")
+    make(DeepsearchGRPOTrainer, policy_path, tmp_path, [checksum, Rare()], **SEARCH)
+    assert (
+        "by the first of the rewards ['checksum', 'Rare'], 'checksum'" in caplog.text
+        or "'checksum'. Name" in caplog.text
+    )
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([0.0, 0.25, 0.5, 1.0]))
+def test_overlong_penalty(lengths, share):
+    found = overlong_penalty(torch.tensor(lengths), 40, share)
+    for length, penalty in zip(lengths, found.tolist(), strict=True):
+        begins = 40 * (1 - share)
+        assert penalty == pytest.approx(-(length - begins) / (40 * share) if share and length > begins else 0.0)
+
+
+def test_long_trajectories_lose_value(policy_path, tmp_path):
+    """Every token's score is lowered before the mean over the tree is taken."""
+    plain, taxed = (
+        run(
+            DeepsearchGRPOTrainer,
+            policy_path,
+            tmp_path / str(share),
+            **SEARCH | {"max_steps": 1, "tree_overlong_share": share},
+        )
+        for share in (0.0, 0.5)
+    )
+    one, two = plain.generations[0][1], taxed.generations[0][1]
+    assert torch.equal(one["completion_ids"], two["completion_ids"])
+    penalties = overlong_penalty(one["completion_mask"].sum(1), 8, 0.5).view(-1, 4)
+    assert penalties.min() < 0 and penalties.max() > penalties.min()
+    shift = (penalties - penalties.mean(1, keepdim=True)).flatten().unsqueeze(1)
+    mask = one["completion_mask"]
+    torch.testing.assert_close(two["advantages"] * mask, (one["advantages"] + shift) * mask)
+
+
 def test_rows_without_a_reward_have_no_advantage(policy_path, tmp_path):
     def nothing(completions, **kwargs):
         return [None] * len(completions)
@@ -341,7 +423,7 @@ def test_verifying_leaves_no_trace(policy_path, tmp_path):
         ({"tree_depth_bonus": "constant"}, "`tree_depth_bonus` must be one of 'sqrt', 'log', 'linear', got"),
         ({"tree_gamma_min": 1.5}, r"`tree_gamma_min` must be a number in \[0, 1\], got 1.5"),
         ({"tree_incomplete_score": -2.0}, r"`tree_incomplete_score` must be a number in \[-1, 1\], got -2.0"),
-        ({"tree_correct_reward": math.inf}, "`tree_correct_reward` must be a number"),
+        ({"tree_overlong_share": 1.5}, r"`tree_overlong_share` must be a number in \[0, 1\], got 1.5"),
         ({"tree_q_temperature": 0.0}, r"`tree_q_temperature` must be a number in \(0, inf\), got 0.0"),
         ({"tree_q_max": 0.0}, r"`tree_q_max` must be a number in \(0, inf\), got 0.0"),
         ({"tree_adv_norm": "mean"}, "`tree_adv_norm` must be one of 'sibling_mean', 'sibling_mean_std', 'none'"),

@@ -402,4 +402,4 @@ def test_limits_go_by_what_counts_as_solved(policy_path, tmp_path):
         trainer._generate_single_turn = ended
         trainer.train()
         assert metric(trainer, "dler/da_short_fraction") == [float(short)]
-        assert metric(trainer, "dler/truncated_fraction") == [float(short)]
+        assert (metric(trainer, "dler/truncated_fraction")[0] > 0) == short

@@ -280,6 +280,23 @@ def test_every_cut_covers_the_rows_with_effect_in_micro_batches_of_allowed_size(
     assert count - len(cut) <= total - len(rows)
 
 
+@given(
+    st.sampled_from([1, 2, 4]), st.integers(1, 3), st.sampled_from([1, 2, 4]), st.sampled_from([1, 2, 4]), st.data()
+)
+def test_no_update_is_left_without_rows_while_another_has_several(windows, count, limit, size, data):
+    steps = windows * count
+    total = steps * limit
+    ids = torch.arange(total) // size
+    computed = torch.tensor(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)))
+    batches = MicroBatches(steps, windows, limit).cut(ids, computed)
+    assert len(batches) == steps and all(0 < len(batch) <= limit for batch in batches)
+    rows = [row for batch in batches for row in batch.tolist()]
+    assert len(rows) == len(set(rows)) and set(torch.arange(total)[computed].tolist()) <= set(rows)
+    updates = [torch.cat(batches[count * w : count * (w + 1)]) for w in range(windows)]
+    live = [int(computed[update].sum()) for update in updates]
+    assert min(live) > 0 or int(computed.sum()) < windows
+
+
 def test_live_groups_are_not_divided(policy_path, tmp_path):
     def reward(prompts, completions, **kwargs):
         return [i % 2.0 if p[0] in "12" else 1.0 for i, p in enumerate(prompts)]

@@ -295,3 +295,12 @@ def test_an_unknown_accuracy_reward_is_refused(policy_path, tmp_path):
 def test_a_streamed_dataset_is_refused(policy_path, tmp_path):
     with pytest.raises(ValueError, match=r"\['gain_rl'\].*map-style `train_dataset`.*without streaming"):
         make(GainRlGRPOTrainer, policy_path, tmp_path, data=dataset("policy").to_iterable_dataset())
+
+
+@pytest.mark.parametrize(
+    ("sigma", "flat"), [(1000.0, True), (0.9, False), (0.15, False), (30.0, True), (3.0, False), (None, False)]
+)
+def test_a_curriculum_that_hardly_is_one_is_told(sigma, flat, policy_path, tmp_path, caplog):
+    """Of 16 prompts the first is at the start exp(15² / 2σ²) times as likely as the last."""
+    make(GainRlGRPOTrainer, policy_path, tmp_path, gain_sigma=sigma)
+    assert ("hardly a curriculum" in caplog.text) == flat

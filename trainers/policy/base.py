@@ -203,6 +203,16 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
             "`num_generations`, and leave `group_batches` on"
         )
 
+    def warn_if_on_policy(self, method: str, what: str) -> None:
+        """Tell that `what` never acts where every update is of the very policy that sampled its batch."""
+        accumulation = self.args.gradient_accumulation_steps
+        if self.args.steps_per_generation * self.num_iterations <= accumulation:
+            logger.warning(
+                f"'{method}': {what} without effect, since each generation batch serves one update, whose ratios are "
+                f"all 1. Set `num_iterations` above 1, or `steps_per_generation` to a multiple of "
+                f"`gradient_accumulation_steps`={accumulation}."
+            )
+
     def choosing_itself(self) -> bool:
         return True
 

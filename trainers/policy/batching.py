@@ -32,7 +32,8 @@ class MicroBatches:
 
     TRL shuffles rows and cuts them into `steps_per_generation` micro-batches. Here groups are shuffled and cut, so
     that a micro-batch holds few distinct prompts. Where all of them end in one optimizer step, TRL's default, the
-    gradient is the same. Otherwise the optimizer steps see other, equally random parts.
+    gradient is the same. Otherwise the optimizer steps see other, equally random parts: as many groups with an effect
+    each as can be, so that none is empty while another has several.
 
     Args:
         steps (`int`):
@@ -63,12 +64,20 @@ class MicroBatches:
         rank = torch.empty(int(groups.max()) + 1, dtype=torch.long)
         rank[groups] = torch.randperm(len(groups))
         order = torch.argsort(rank[group_ids], stable=True)
-        batches = []
-        for window in order.chunk(self.windows):
-            rows, count = window[computed[window]], self.steps // self.windows
+        live, idle = order[computed[order]], order[~computed[order]]
+        # An optimizer step without any row would still move the weights, by the optimizer's momentum
+        sizes = torch.unique_consecutive(group_ids[live], return_counts=True)[1]
+        if len(groups) % self.windows == 0 and len(sizes) >= self.windows:
+            windows = live.split([int(part.sum()) for part in sizes.tensor_split(self.windows)])
+        else:
+            windows = live.tensor_split(self.windows)
+        batches, count = [], self.steps // self.windows
+        for rows in windows:
             cut = self.cut_window(rows, group_ids[rows], count)
             # Every rank runs equally many micro-batches: where rows do not suffice, ones without effect stand in
-            batches += cut + list(window[~computed[window]][: count - len(cut)].unsqueeze(1))
+            missing = count - len(cut)
+            batches += cut + list(idle[:missing].unsqueeze(1))
+            idle = idle[missing:]
         return batches
 
     def cut_window(self, rows: torch.Tensor, group_ids: torch.Tensor, count: int) -> list[torch.Tensor]:

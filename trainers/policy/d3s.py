@@ -10,6 +10,7 @@ from ...losses.policy.d3s import (
     max_variance_per_group,
     max_variance_subset,
     select_tokens,
+    share_of,
     token_scores,
 )
 from .base import PolicyConfig, PolicyTrainer
@@ -69,7 +70,9 @@ class D3sGRPOTrainer(PolicyTrainer):
     K grow linearly over training, so that the model does not over-fit the strong signals. Advantages are not
     standardized again after the selection. The loss is the configured one, averaged over what was kept.
 
-    Rows that are not kept get weight 0 and stay in the batch, so that every rank has equally many.
+    N and the number of tokens are rounded up. Rows that are not kept get weight 0 and stay in the batch, so that every
+    rank has equally many. Where a generation batch serves several updates, those with a token that was kept are shared
+    out among them; if there are fewer than updates, some updates have none.
 
     Relations:
         `top_entropy_quantile` keeps tokens by entropy alone and per micro-batch. DLER filters whole prompts without
@@ -116,7 +119,7 @@ class D3sGRPOTrainer(PolicyTrainer):
         if ratio == 1.0:
             return
         if self.args.d3s_scope == "cross_group":
-            keep = max_variance_subset(advantages, max(1, round(ratio * advantages.numel())))
+            keep = max_variance_subset(advantages, share_of(advantages.numel(), ratio))
         else:
             keep = max_variance_per_group(advantages, scored.group_ids, ratio)
         record.row_weight = record.row_weight * keep[scored.local]

@@ -7,13 +7,13 @@ from statistics import fmean
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch.nn.utils.rnn import pad_sequence
 
 from ...core.configuration import method_config, method_field
 from ...core.declaration import declared
-from ...losses.policy.deepsearch import node_advantages, spread_nodes
-from ...losses.policy.groups import weighted_sum
+from ...losses.policy.deepsearch import node_advantages, overlong_penalty, spread_nodes
 from ...samplers.trees.dump import tree_as_dict
 from ...samplers.trees.search import grow
 from ...samplers.trees.tree import Rules, Tree, completion, entropy, path
@@ -21,6 +21,8 @@ from .base import PolicyConfig, PolicyTrainer
 from .objective import column
 from .passes import pad_rows
 from .record import Generation, RolloutRecord, ScoredBatch, Source
+
+logger = get_logger(__name__)
 
 # Column of the dataset rows that says which nodes a completion consists of
 NODES = "deepsearch_nodes"
@@ -75,8 +77,17 @@ class DeepsearchGRPOConfig(PolicyConfig):
     tree_incomplete_score: float = method_field(
         -1.0, "Reward of a completion that is neither right nor ended by an end token.", ge=-1, le=1
     )
-    tree_correct_reward: float = method_field(
-        1.0, "Smallest weighted sum of rewards with which a completion counts as right.", gt=-math.inf
+    tree_correctness_reward: str | None = method_field(
+        None,
+        "Name of the reward function that decides which completions are right: those that it gives more than "
+        "`success_threshold`, whatever the others say. `None` takes the first one.",
+    )
+    tree_overlong_share: float = method_field(
+        0.25,
+        "Last part of `max_completion_length` in which a completion loses value, from 0 where it begins to 1 at its "
+        "end. The paper has 4096 of 16384 tokens. 0 takes nothing away.",
+        ge=0,
+        le=1,
     )
     tree_q_temperature: float = method_field(1.0, "ε, temperature of the soft clip of values.", gt=0)
     tree_q_max: float = method_field(1.0, "q_max, bound of the soft clip of values.", gt=0)
@@ -89,7 +100,8 @@ class DeepsearchGRPOConfig(PolicyConfig):
     tree_replay_accuracy_max: float | None = method_field(
         0.25,
         "Prompts of which some trajectories were right, but no larger a share than this, are not searched again: "
-        "their right completions are kept and replayed next to new ones. `None` keeps none.",
+        "their right completions are kept and replayed next to new ones, until more of the new ones are right. `None` "
+        "keeps none.",
         gt=0,
         le=1,
         optional=True,
@@ -133,16 +145,17 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
     A_j = \tanh(q_j / \epsilon)\, q_{max} - \bar v,
     $$
 
-    with the terminal's reward unclipped and the mean over the tree's trajectories. They take the place of advantages
-    from rewards. As in the released code, steps of a tree without any right trajectory get advantages above 0, since
-    their values are closer to 0 than its mean reward is.
+    with the terminal's reward unclipped and the mean over the tree's trajectories. Where a trajectory is longer than
+    allowed, every value of it is lowered by up to 1 before the mean is taken: see `tree_overlong_share`. They take the
+    place of advantages from rewards. As in the released code, steps of a tree without any right trajectory get
+    advantages above 0, since their values are closer to 0 than its mean reward is.
 
     Where a frontier runs empty, which short completions make likely, terminals that were not kept are taken as well,
     and then completions sampled directly; these are single nodes. The paper leaves the case open, and the released
     code stops with an error. Prompts that were solved, but rarely, are replayed: see `tree_replay_accuracy_max`.
     Trajectories are trained without correction for how they were found. Weights of the backup are the paper's; the
-    released code counts nodes from 1. Uncertainty is in the priority, as in the paper. Left out: penalties for
-    overlong completions, for which TRL has a reward function, dynamic widths, and the reuse of keys and values from
+    released code counts nodes from 1. Uncertainty is in the priority, as in the paper. Left out: dynamic
+    widths, and the reuse of keys and values from
     one step to the next.
 
     The trees of all prompts grow in lockstep, and each step is one call of the sampler, vLLM included. Groups are
@@ -186,6 +199,15 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
                 "DeepSearch takes end tokens alone for the end of a completion. Leave `stop_strings` out of the "
                 "model's generation config, or set `tree_width=None`."
             )
+        name, known = self.args.tree_correctness_reward, self.reward_func_names
+        if name is not None and name not in known:
+            raise ValueError(f"`tree_correctness_reward` must be one of {known}, got {name!r}.")
+        if name is None and len(known) > 1 and self.args.tree_width is not None:
+            logger.warning(
+                f"DeepSearch takes completions for right by the first of the rewards {known}, '{known[0]}'. Name "
+                "another as `tree_correctness_reward`."
+            )
+        self._correctness_column = 0 if name is None else known.index(name)
 
     # --- Roll out -----------------------------------------------------------------------------------------------
 
@@ -288,8 +310,7 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         if most == 0:
             return []
         rewards = self.verify(*map(list, zip(*asked, *[filler] * (most - wanted), strict=True)))
-        total = weighted_sum(rewards, self.reward_weights.to(rewards.device))
-        return (total >= self.args.tree_correct_reward).tolist()[:wanted]
+        return (rewards[:, self._correctness_column] > self.args.success_threshold).tolist()[:wanted]
 
     def _tree_summary(self, tree: Tree, replayed: int) -> dict[str, Any]:
         """Trajectories of a tree, of which the first `replayed` are from earlier, and its metrics."""
@@ -297,7 +318,10 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         steps = [path(node)[1:] for node in tree.returned]
         lengths = pad_sequence([torch.tensor([len(node.tokens) for node in row]) for row in steps], batch_first=True)
         values = pad_sequence([torch.tensor([node.value for node in row]) for row in steps], batch_first=True)
-        advantages = node_advantages(values, lengths, args.tree_q_temperature, args.tree_q_max, args.tree_adv_norm)
+        penalties = overlong_penalty(lengths.sum(1), self.max_completion_length, args.tree_overlong_share)
+        advantages = node_advantages(
+            values, lengths, args.tree_q_temperature, args.tree_q_max, args.tree_adv_norm, penalties
+        )
         inner = [node.value for row in steps for node in row[:-1]]
         entropies = [value for node in tree.returned if math.isfinite(value := entropy(path(node)))]
         return {
@@ -335,10 +359,15 @@ class DeepsearchGRPOTrainer(PolicyTrainer):
         }
 
     def _remember_right(self, prompt: Any, summary: dict[str, Any]) -> None:
-        if self.args.tree_replay_accuracy_max is None or summary["replayed"]:
+        if self.args.tree_replay_accuracy_max is None:
             return
-        right = [t["tokens"] for t in summary["trajectories"] if t["correct"]]
-        if 0 < len(right) <= self.args.tree_replay_accuracy_max * len(summary["trajectories"]):
+        fresh = [t for t in summary["trajectories"] if t["source"] == Source.POLICY]
+        right = [t["tokens"] for t in fresh if t["correct"]]
+        rarely = len(right) <= self.args.tree_replay_accuracy_max * len(fresh)
+        if summary["replayed"]:
+            if not (fresh and rarely):
+                self._tree_replay.pop(_key(prompt), None)
+        elif right and rarely:
             self._tree_replay[_key(prompt)] = right
 
     def _log_search(self, summaries: list[dict[str, Any]]) -> None:

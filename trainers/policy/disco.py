@@ -142,6 +142,8 @@ class DiscoGRPOTrainer(PolicyTrainer):
                 f"DisCO compares all answers to a question in one pass, but micro-batches are cut without regard to "
                 f"questions: {cause}. Change that, or set `steps_per_generation=1`."
             )
+        if self.args.disco_score != "none" and self.args.disco_beta > 0:
+            self.warn_if_on_policy("disco", "the constraint (`disco_delta`, `disco_beta`) is")
 
     @classmethod
     def refuse_clashes(cls, args):

@@ -97,7 +97,10 @@ class HapoGRPOTrainer(PolicyTrainer):
     the batch is cut; h is that of the current pass, limited to [−1, 1]. The released code takes them per micro-batch.
     The neutral zone has the token's adapted range, as in the code; in the paper's equation it has the base range.
     Ratios are not corrected for the temperature, neither in the paper nor in the code nor here. Entropies are those
-    at the temperature T, also while sampling, where the code has 1. A group average counts every token of a
+    at the temperature T, also while sampling, where the code has 1. The temperature follows h, within [−1, 1], as in
+    the code; the paper's equation has the unclamped (x − Q)/s. DAPO's dynamic sampling, on in the paper's runs, is
+    left out: beside DLER with `dler_length_penalty` and `dler_advantage_whitening` "none", groups without variance are
+    replaced. A group average counts every token of a
     completion; with tools, those of the tool too.
 
     Relations:
@@ -126,6 +129,11 @@ class HapoGRPOTrainer(PolicyTrainer):
     }
     replaces = {"baseline": {"hapo_token_group_average": False}, "scale": {"hapo_token_group_average": False}}
     config_class = HapoGRPOConfig
+
+    def __init__(self, model, reward_funcs=None, args=None, *trl_args, **trl_kwargs):
+        super().__init__(model, reward_funcs, args, *trl_args, **trl_kwargs)
+        if self.args.hapo_clip_alpha > 0:
+            self.warn_if_on_policy("hapo", "the adaptive clip ranges (`hapo_clip_alpha`) are")
 
     # --- Token-level group average ------------------------------------------------------------------------------
 

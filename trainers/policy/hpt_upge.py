@@ -210,6 +210,8 @@ class HptUpgeGRPOTrainer(PolicyTrainer):
     | `srft` | `one` | `rollouts` | `none` | A·π |
     | `luffy` | `one` | `rollouts` | `none` | A·π·f'(π), f(π) = π/(π + γ) |
 
+    The mask `cispo` is 0 above 1 + ε whatever the sign of A, which is our reading of its name.
+
     With `hpt_upge_instance`, the loss of rollouts is −c·logπ with c held fixed. Clip bounds are 1 ± ε in every row,
     where TRL's `loss_type="cispo"` caps at ε itself. A token whose ratio another method has reshaped keeps the
     configured loss. Metrics: `loss/hpt_sft`, the demonstrations' mean negative log-likelihood per token (0 in a
