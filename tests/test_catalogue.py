@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from datasets import concatenate_datasets
 
 import papertrl
 from papertrl.core.catalogue import (
@@ -40,11 +41,14 @@ from .harness.table import (
     CASES,
     COMPONENTS,
     OBJECTIVES,
+    REPEATED,
     active,
     active_config,
     adapter,
     build,
     dataset,
+    digit_parity,
+    every_fourth,
     history,
     logged,
     model_path,
@@ -203,45 +207,49 @@ def test_values_out_of_range_are_refused_by_name(name, tmp_path):
 # --- At default settings --------------------------------------------------------------------------------------------
 
 
-@cache
-def run_of_the_parent(family: str, fields: tuple, model: str, reward, folder: str) -> dict[str, torch.Tensor]:
-    """Weights after two steps of the family's base with some values of TRL's fields."""
-    base = load(FAMILIES[family].plain)
-    args = base.config_class(**settings(family, folder, max_steps=2) | dict(fields))
-    trainer = build(base, family, model, args, reward=reward)
-    trainer.train()
-    return weights(trainer)
+UNCONDITIONAL = [name for name in METHODS if not DECLARATIONS[name].active]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_method_acts_at_default_settings_or_says_what_it_lacks(name, request, tmp_path, caplog):
+@pytest.fixture(scope="module")
+def untouched(request, tmp_path_factory):
+    """Weights that the family's base comes to at its default settings."""
+    made = {}
+
+    def run(family: str, data, reward):
+        key = family, len(data), str(reward)
+        if key not in made:
+            base = load(FAMILIES[family].plain)
+            args = base.config_class(**settings(family, tmp_path_factory.mktemp("base")))
+            trainer = build(base, family, model_path(family, request), args, data=data, reward=reward)
+            trainer.train()
+            made[key] = weights(trainer)
+        return made[key]
+
+    return run
+
+
+@pytest.mark.parametrize("name", UNCONDITIONAL)
+def test_a_method_without_conditions_acts_at_default_settings(name, request, tmp_path, caplog, untouched):
+    """Its signal and the gradient tell, or a warning that names it; the others declare under what they act."""
     case = next(case for case in CASES if case.method == name)
     family, trainer_class = case.family, case.trainer
-    # Sizes alone are those of the tests
-    small = {"online_max_new_tokens": 6, "online_num_samples": 4, "rso_num_samples": 3}
-    known = {f.name: field_default(f) for f in dataclasses.fields(trainer_class.config_class)}
-    small = {key: value for key, value in small.items() if key in known and known[key] > value}
+    # What the mechanism works on: rows that repeat, several rewards
+    data = concatenate_datasets([dataset(family)] * (2 if name in REPEATED else 1))
+    reward = [digit_parity, every_fourth] if name == "dynamic_reward_weighting" else reward_of(trainer_class)
     with caplog.at_level("WARNING"):
-        args = trainer_class.config_class(**settings(family, tmp_path, max_steps=2, **small))
-        model, reward = model_path(family, request), reward_of(trainer_class)
-        trainer = build(trainer_class, family, model, args, reward=reward)
+        args = trainer_class.config_class(**settings(family, tmp_path))
+        trainer = build(trainer_class, family, model_path(family, request), args, data=data, reward=reward)
         trainer.train()
-    warned = f"'{name}'" in caplog.text or any(f"`{field}" in caplog.text for field in introduced_by(case))
-    # The base, with the values that the method gives to fields of the base
-    base = {f.name: field_default(f) for f in dataclasses.fields(load(FAMILIES[family].plain).config_class)}
-    changed = {key: value for key, value in known.items() if key in base and value != base[key]}
-    fields = tuple(sorted((changed | {k: v for k, v in small.items() if k in base}).items()))
-    folder = request.getfixturevalue("tmp_path_factory").mktemp("parent")
-    parent = run_of_the_parent(family, fields, model, reward, str(folder))
-    found = weights(trainer)
-    same = found.keys() == parent.keys() and all(torch.equal(found[key], parent[key]) for key in found)
-    signal = logged(trainer, case.declaration.signal)
+    signal, found = logged(trainer, case.declaration.signal), weights(trainer)
     assert all(map(math.isfinite, signal))
-    assert warned or (not same and any(signal)), f"signal {signal}, same weights: {same}, {caplog.text}"
+    parent = untouched(family, data, reward)
+    moved = found.keys() != parent.keys() or any(not torch.equal(found[key], parent[key]) for key in found)
+    warned = f"'{name}'" in caplog.text or any(f"`{field}`" in caplog.text for field in own(case))
+    assert warned or (moved and any(signal)), f"signal {signal}, other weights: {moved}, {caplog.text}"
 
 
-def introduced_by(case) -> list[str]:
-    return [field for field in introduced(load(case.method).config_class) if field.startswith(case.declaration.prefix)]
+def own(case) -> set[str]:
+    return {field for field in introduced(case.trainer.config_class) if field.startswith(case.declaration.prefix)}
 
 
 # --- Equal to TRL, drop-in ------------------------------------------------------------------------------------------
