@@ -1,5 +1,6 @@
 """Models as their checkpoints hold them: none that is partly random passes for a trained one."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -35,7 +36,12 @@ def whole_checkpoints(new_head: bool = False) -> Iterator[None]:
 
     PreTrainedModel.from_pretrained = classmethod(from_pretrained)
     try:
-        yield
+        with warnings.catch_warnings():
+            # PEFT's way to say that an adapter's file lacks weights
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            yield
+    except UserWarning as warning:
+        raise ValueError(" ".join(str(warning).split())[:300]) from warning
     finally:
         PreTrainedModel.from_pretrained = given
 
@@ -59,19 +65,19 @@ def refuse_new_weights(model: PreTrainedModel, name: str, missing: set[str], new
         module for config in getattr(model, "peft_config", {}).values() for module in config.modules_to_save or ()
     }
     missing = {key for key in missing if of_adapters.isdisjoint(key.split("."))}
+    body = {key for key in missing if key.startswith(f"{model.base_model_prefix}.") and ".pooler." not in key}
     if new_head:
-        body = f"{model.base_model_prefix}."
-        missing = {key for key in missing if key.startswith(body) and ".pooler." not in key}
+        missing = body
     if not missing:
         return
     first = ", ".join(sorted(missing)[:3]) + (", ..." if len(missing) > 3 else "")
-    scores = type(model).__name__.endswith("ForSequenceClassification")
+    head = type(model).__name__.endswith("ForSequenceClassification") and not body
     raise ValueError(
         f"Model '{name}' lacks {len(missing)} of the weights of a `{type(model).__name__}`, which would be random: "
         f"{first}. "
         + (
             "Is it a language model? Make a reward model of it first, as with `papertrl train --method reward`."
-            if scores
+            if head
             else "Its checkpoint is incomplete, or holds a model of another kind."
         )
     )

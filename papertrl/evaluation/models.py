@@ -14,6 +14,7 @@ from ..hub.files import RUN_FILE, START_MODEL
 from ..hub.health import check_model
 from ..hub.runfile import read_json
 from ..models.declared_size import check_declared_size
+from ..models.loading import whole_checkpoints
 from ..models.start import prepare_model
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -35,13 +36,15 @@ class Loaded:
     tokenizer: PreTrainedTokenizerBase
 
 
-def load_model(name: str) -> Loaded:
+def load_model(name: str, trust_remote_code: bool = False) -> Loaded:
     """
     Load a model or an adapter with its base.
 
     Args:
         name (`str`):
             Folder, Hub id, or `smollm2`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether code of the model's repository may run.
 
     Raises:
         [`~papertrl.core.errors.JobError`]: if it cannot be loaded, or answers no prompts.
@@ -59,12 +62,15 @@ def load_model(name: str) -> Loaded:
     check_model(folder)
     check_declared_size(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        if is_adapter(folder):
-            model = AutoModelForCausalLM.from_pretrained(base_of(name), dtype="auto")
-            model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
-            return _ready(PeftModel.from_pretrained(model, name), tokenizer)
-        return _ready(AutoModelForCausalLM.from_pretrained(name, dtype="auto"), tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+        with whole_checkpoints():
+            model = AutoModelForCausalLM.from_pretrained(
+                base_of(name) if is_adapter(folder) else name, dtype="auto", trust_remote_code=trust_remote_code
+            )
+            if is_adapter(folder):
+                model.resize_token_embeddings(max(len(tokenizer), model.get_input_embeddings().num_embeddings))
+                model = PeftModel.from_pretrained(model, name)
+        return _ready(model, tokenizer)
     except (OSError, ValueError) as error:
         raise JobError(
             f"Model '{name}' cannot be loaded: {' '.join(str(error).split())[:200]}. Check the spelling and the "

@@ -72,6 +72,9 @@ def make_parser() -> argparse.ArgumentParser:
     measured.add_argument("--metrics", nargs="+", help=f"of {', '.join(METRICS)} (default: all that apply)")
     measured.add_argument("--k", type=int, nargs="+", help="k of pass@k and mean@k (default: 1 and all samples)")
     measured.add_argument("--base_model", help="base for the KL divergence (default: what a run was trained from)")
+    parser.add_argument(
+        "--trust_remote_code", action="store_true", help="run code of the models' repositories, where they need it"
+    )
     parser.add_argument("--output_dir", type=Path, help="default: the model's folder if one is given, else runs/...")
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     return parser
@@ -235,11 +238,13 @@ def answer(
     file = output / EVALUATION_COMPLETIONS / f"{Path(name).name}-{_key(args, name, evaluated)}.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     if not kept or base not in (None, kept["base"]):
-        loaded = load_model(name)
+        loaded = load_model(name, args.trust_remote_code)
         kept = kept or _generate(args, name, loaded, evaluated)
         if base is not None:
             kept["base"] = base
-            kept["logps"], kept["base_logps"] = (_logps(args, model, kept) for model in (loaded, load_model(base)))
+            kept["logps"], kept["base_logps"] = (
+                _logps(args, model, kept) for model in (loaded, load_model(base, args.trust_remote_code))
+            )
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".partial")
         partial.write_text(json.dumps(kept, ensure_ascii=False), encoding="utf-8")

@@ -4,8 +4,9 @@ from dataclasses import fields
 from pathlib import Path
 
 from accelerate import PartialState
+from peft import PeftConfig
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
-from trl import ModelConfig
+from trl import ModelConfig, get_peft_config
 
 from ..core.errors import JobError, tell
 from ..hub.files import START_MODEL
@@ -49,6 +50,16 @@ def check_model_flags(job: Job) -> None:
             f"Neither `--dataset_name` nor `--task` is set: '{model.model_name_or_path}' is trained on two-digit "
             "sums, the task `addition`."
         )
+
+
+def adapter_of(job: Job) -> PeftConfig | None:
+    """Adapter that the flags ask for."""
+    config = get_peft_config(job.model)
+    target = job.model.lora_target_modules
+    if config is not None and isinstance(target, str) and target != "all-linear" and target.isidentifier():
+        # TRL makes text of one name, which PEFT takes for the whole path of a module
+        config.target_modules = {target}
+    return config
 
 
 def start_model(job: Job, task: Task | None, output: Path, state: PartialState) -> tuple[str, PreTrainedTokenizerBase]:

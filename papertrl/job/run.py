@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase, PrinterCallback, ProgressCallback, set_seed
-from trl import get_peft_config, get_quantization_config
+from trl import get_quantization_config
 
 from ..core.errors import Interrupted, JobError, paragraph, tell
 from ..core.secrets import redact_command
@@ -30,7 +30,7 @@ from .flags import without_flags
 from .heldout import Answers, HeldOut, HeldOutPairs, Ranking
 from .interrupt import StopOnSignal
 from .judges import is_judged, judges_of, named_judges, pairs_online
-from .models import check_model_flags, start_model
+from .models import adapter_of, check_model_flags, start_model
 from .processes import SayProcesses, check_processes
 from .record import describe_job, write_job_files
 from .reporting import MetricsFile, ProgressBar, draw_curves, read_metrics, write_samples
@@ -218,7 +218,7 @@ def make_trainer(
         train_dataset=data.train,
         eval_dataset=data.eval if is_evaluated(job) else None,
         processing_class=tokenizer,
-        peft_config=get_peft_config(job.model),
+        peft_config=adapter_of(job),
         quantization_config=get_quantization_config(job.model),
         callbacks=callbacks,
         stages=job.arguments.stage,
