@@ -51,11 +51,6 @@ def task_of(arguments: JobArguments) -> Task | None:
     if arguments.dataset_name is None:
         check_sizes(arguments)
         return load_task(arguments.task or "addition", **arguments.task_kwargs)
-    if arguments.task_kwargs:
-        raise JobError(
-            f"`task_kwargs` {arguments.task_kwargs} and `dataset_name` '{arguments.dataset_name}' are both set, but "
-            "a dataset has no task; drop one."
-        )
     if arguments.task is not None:
         raise JobError(
             f"Both `task` '{arguments.task}' and `dataset_name` '{arguments.dataset_name}' are set; drop one."

@@ -24,6 +24,5 @@ def test_every_format_and_converter_is_there():
         row = next(line for line in formats.splitlines() if line.startswith(f"| `{name}` |"))
         assert all(f"`{column}`" in row for column in (*form.columns, *form.one_of))
     told = set(re.findall(r"`(\w+)\(dataset", ways)) - {"detect_format"}
-    assert told == {
-        name for name in data.__all__ if name.startswith("as_") or name.endswith("_prompts") or "_to_" in name
-    }
+    ways = {name for name in data.__all__ if name.startswith("as_") or name.endswith("_prompts") or "_to_" in name}
+    assert told == {name for name in ways if not name.startswith("check_")}
