@@ -254,7 +254,9 @@ def merge_configs(name: str, configs: tuple[type, ...]) -> type:
     if len(leaves) == 1:
         return leaves[0]
     refuse_shared_names(leaves)
-    chosen, differing = _agreed_fields(sorted(leaves, key=lambda leaf: leaf.__name__))
+    chosen, differing = _agreed_fields(
+        sorted(filter(dataclasses.is_dataclass, leaves), key=lambda leaf: leaf.__name__)
+    )
 
     def reduce_composed(self, protocol):
         # The class is made at run time, so that pickle (used by `Trainer.save_model`) must make it again

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import Field, dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from numbers import Integral, Real
 from typing import Any
@@ -167,7 +167,8 @@ def check_ranges(config: Any) -> None:
         `ValueError`: naming the field, the value and what is accepted.
     """
     # A composed config is held to the ranges of all that it was made of
-    declared = ((cls, f) for cls in getattr(config, "combined", ()) or (type(config),) for f in fields(cls))
+    parts = filter(is_dataclass, (type(config), *getattr(config, "combined", ())))
+    declared = ((cls, f) for cls in parts for f in fields(cls))
     for cls, f in declared:
         value, valid = getattr(config, f.name), range_of(cls, f)
         if valid is not None and not valid.accepts(value):

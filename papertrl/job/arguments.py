@@ -17,6 +17,8 @@ from .config_file import fit_values, read_config
 from .flags import flag_of, has_flag, tell_of_repeated, under_present_names, unknown_flags
 
 DEFAULT_METHOD = "lp_reg"
+# Of a task; all are held in memory
+MOST_PROBLEMS = 10**6
 
 # Settings of a run of the embedded task and tiny model, beside those of its family. Config files and flags override
 # them.
@@ -47,7 +49,9 @@ class JobArguments:
     task_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Settings of the task as JSON, such as '{\"digits\": 3}'."}
     )
-    task_size: int = _flag(4000, "Number of training problems drawn from the task.", ge=1, le=10**7, whole=True)
+    task_size: int = _flag(
+        4000, "Number of training problems drawn from the task.", ge=1, le=MOST_PROBLEMS, whole=True
+    )
     dataset_name: str | None = _flag(
         None, "Dataset instead of a task: Hub id, local folder, or JSON/CSV/Parquet file."
     )
@@ -55,7 +59,10 @@ class JobArguments:
     dataset_train_split: str = _flag("train", "Split to train on.")
     dataset_test_split: str = _flag("test", "Split held out, used where the dataset has it.")
     held_out_share: float = _flag(
-        0.0, "Share of the training rows to hold out, for a dataset that has no split for it; whole prompts at a time."
+        0.0,
+        "Share of the training rows to hold out, for a dataset that has no split for it; whole prompts at a time.",
+        ge=0,
+        lt=1,
     )
     dataset_streaming: bool = _flag(False, "Whether to stream the dataset.")
     reward_funcs: list[str] | None = field(
@@ -99,7 +106,11 @@ class JobArguments:
         le=1,
     )
     held_out_prompts: int = _flag(
-        256, "Held-out prompts answered greedily before and after training; 0 for none.", ge=0, le=10**7, whole=True
+        256,
+        "Held-out prompts answered greedily before and after training; 0 for none.",
+        ge=0,
+        le=MOST_PROBLEMS,
+        whole=True,
     )
     held_out_evaluations: int = _flag(
         0,

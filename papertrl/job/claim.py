@@ -1,8 +1,9 @@
 """Claiming and settling the output directory of a job."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -89,20 +90,24 @@ def decided_by_main(state: PartialState, decide: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def free_folder(job: Job, methods: list[str]) -> Path:
-    """The first of `runs/<methods>-<data>-<number>` that did not exist, made."""
+def numbered_folders(job: Job, methods: list[str]) -> Iterator[Path]:
+    """Where a job goes that names no folder: `runs/<methods>-<data>-<number>`, whether it exists or not."""
     subject = job.arguments.dataset_name or job.arguments.task or "addition"
     stem = "_".join(methods) + "-" + Path(subject).stem.replace(":", "-")
-    number = 1
-    while True:
-        folder = Path("runs", f"{stem}-{number}")
+    return (Path("runs", f"{stem}-{number}") for number in count(1))
+
+
+def free_folder(job: Job, methods: list[str]) -> Path:
+    """The first of [`numbered_folders`] that did not exist, made."""
+    for folder in numbered_folders(job, methods):
         try:
             folder.mkdir(parents=True)
-            return folder
+            break
         except FileExistsError:
-            number += 1
+            continue
         except OSError as error:
             raise _not_writable(folder, error) from error
+    return folder
 
 
 def own(path: Path, held: ExitStack) -> None:

@@ -16,9 +16,6 @@ from .arguments import Job, JobArguments
 from .heldout import PAIRS_MEASURE
 from .splits import chosen_splits
 
-# Of a task; all are held in memory
-MOST_PROBLEMS = 1_000_000
-
 
 @dataclass
 class JobData:
@@ -49,36 +46,17 @@ class JobData:
 def task_of(arguments: JobArguments) -> Task | None:
     """The job's task, or `None` if it trains on a dataset."""
     if arguments.dataset_name is None:
-        check_sizes(arguments)
+        if arguments.held_out_share:
+            raise JobError(
+                "`held_out_share` is for datasets, and a task draws its own held-out problems: leave it out, and "
+                "set their number with `--held_out_prompts`."
+            )
         return load_task(arguments.task or "addition", **arguments.task_kwargs)
     if arguments.task is not None:
         raise JobError(
             f"Both `task` '{arguments.task}' and `dataset_name` '{arguments.dataset_name}' are set; drop one."
         )
     return None
-
-
-def check_sizes(arguments: JobArguments) -> None:
-    """
-    Check how many problems of a task are asked for.
-
-    Raises:
-        [`JobError`]: naming the flag.
-    """
-    if not 1 <= arguments.task_size <= MOST_PROBLEMS:
-        raise JobError(
-            f"`task_size` must be at least 1 and at most {MOST_PROBLEMS}, got {arguments.task_size}: all problems are "
-            "drawn before training."
-        )
-    if not 0 <= arguments.held_out_prompts <= MOST_PROBLEMS:
-        raise JobError(
-            f"`held_out_prompts` must be at least 0 and at most {MOST_PROBLEMS}, got {arguments.held_out_prompts}."
-        )
-    if arguments.held_out_share:
-        raise JobError(
-            "`held_out_share` is for datasets, and a task draws its own held-out problems: leave it out, and "
-            "set their number with `--held_out_prompts`."
-        )
 
 
 def task_data(

@@ -13,7 +13,7 @@ from trl.data_utils import maybe_apply_chat_template
 from ..core.errors import JobError
 from ..models.declared_size import check_declared_size
 from .arguments import Job
-from .claim import RUN_FILES, decided_by_main, free_folder
+from .claim import RUN_FILES, decided_by_main, numbered_folders
 from .data import JobData, task_of
 from .interrupt import StopOnSignal
 from .judges import is_judged, judges_of, named_judges
@@ -83,7 +83,8 @@ def dry_run(job: Job) -> str:
 
 
 def _output_dir(job: Job) -> Path:
-    output = Path(job.training.output_dir) if job.output_dir_given else free_folder(job, job.methods)
+    free = (folder for folder in numbered_folders(job, job.methods) if not folder.exists())
+    output = Path(job.training.output_dir) if job.output_dir_given else next(free)
     if output.exists() and not output.is_dir():
         raise JobError(f"`output_dir`: '{output}' is a file. Choose a folder.")
     held = [name for name in RUN_FILES if (output / name).exists()]

@@ -43,8 +43,6 @@ def chosen_splits(arguments: JobArguments) -> Splits:
     chosen = {"train": splits[train]} | ({"test": splits[test]} if test in splits else {})
     if not share:
         return chosen
-    if not 0 < share < 1:
-        raise JobError(f"`held_out_share` must be at least 0 and below 1, got {share}.")
     if "test" in chosen:
         raise JobError(
             f"`held_out_share` is {share}, but dataset '{name}' has a split '{test}' to hold out. Leave one of them "

@@ -161,7 +161,7 @@ def test_a_class_of_the_user(tmp_path, capsys):
     ],
 )
 def test_a_dry_run_tells_what_would_be_done_and_writes_nothing(argv, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr("papertrl.job.run.DEMONSTRATIONS", 64)
+    monkeypatch.setattr("papertrl.job.models.DEMONSTRATIONS", 64)
     grpo = {} if not argv else {"num_generations": None}
     text = dry_run(parse(choose([*flags(start_model_steps=1, **grpo), *argv])))
     for part in (*parts, "64 rows of addition", "first step:", "would go to 'runs/", "Row 1\n  prompt: '"):

@@ -102,9 +102,8 @@ def test_a_family_that_scores_answers_is_measured_by_pairs():
 
 
 def test_empty_task_is_refused():
-    arguments = JobArguments(task_size=0)
-    with pytest.raises(JobError, match="`task_size` must be at least 1"):
-        task_data(task_of(arguments), POLICY, arguments, seed=0, chat=False)
+    with pytest.raises(ValueError, match="`task_size` must be an integer in \\[1, 1000000\\], got 0"):
+        JobArguments(task_size=0)
     none_held_out = JobArguments(task_size=5, held_out_prompts=0)
     assert task_data(task_of(none_held_out), POLICY, none_held_out, seed=0, chat=False).problems is None
 

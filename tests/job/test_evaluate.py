@@ -104,7 +104,7 @@ def test_greedy_completions_do_not_depend_on_the_batch_size(model):
 
 
 def test_stop_strings_of_the_model_end_completions_in_the_loop_and_in_generate(model, monkeypatch):
-    prompts = [f"{i}+{i}=" for i in range(12)]
+    prompts = model.tokenizer([f"{i}+{i}=" for i in range(12)])["input_ids"]
     free = complete(model, prompts, 1, 12, 0.0, 1.0, 0)
     stop = model.tokenizer.decode(free[0][0])[2]
     monkeypatch.setattr(model.model.generation_config, "stop_strings", [stop])
