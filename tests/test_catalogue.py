@@ -282,6 +282,22 @@ def departure(found, expected, start) -> float:
     return float(apart / sum((expected[key] - start[key]).square().sum() for key in found)) ** 0.5
 
 
+UNSTAGED = [case for case in CASES if case.family != "policy" and case.method not in COMPONENTS]
+
+
+@pytest.mark.parametrize(
+    "trainer_class",
+    [*(case.trainer for case in UNSTAGED), load(FAMILIES["reward"].plain)],
+    ids=lambda cls: cls.__name__,
+)
+def test_what_a_loss_does_not_read_is_refused_by_name(trainer_class, request, tmp_path):
+    """Label smoothing of transformers, which TRL's losses of pairs ignore, and the stages replace."""
+    family = trainer_class.family.name
+    with pytest.raises(ValueError, match="`label_smoothing_factor`"):
+        args = trainer_class.config_class(**settings(family, tmp_path, label_smoothing_factor=0.2))
+        build(trainer_class, family, model_path(family, request), args)
+
+
 # --- Equal to TRL, drop-in ------------------------------------------------------------------------------------------
 
 
