@@ -3,11 +3,14 @@
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from transformers import TrainerCallback
 
 from ..core.configuration import ComponentConfig, method_config, method_field
 from ..core.declaration import declared
 from ..core.slots import Component
+
+logger = get_logger(__name__)
 
 
 @method_config
@@ -84,6 +87,12 @@ class _Look(TrainerCallback):
         self.seen: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        every = self.component.config.update_sparsity_every
+        if every > state.max_steps:
+            logger.warning(
+                f"'update_sparsity' does nothing: `update_sparsity_every` is {every}, which the {state.max_steps} "
+                "steps of training do not reach. Lower it."
+            )
         if self.component.trainer is None:
             self.component._start = _copy(model)
 

@@ -31,15 +31,21 @@ from papertrl.core.catalogue import (
 )
 from papertrl.core.compose import compose
 from papertrl.core.configuration import field_default, introduced
+from papertrl.core.declaration import Method
 from papertrl.core.family import FAMILIES
 from papertrl.core.slots import SLOTS
 from papertrl.core.stages import remedy
 from papertrl.evidence import load_claim
+from papertrl.trainers.policy.base import PolicyTrainer
 
 from .harness.blocks import blocks, culprits
 from .harness.table import (
     CASES,
+    CHOICE_OF_TRL,
     COMPONENTS,
+    INERT,
+    INERT_IN_PART,
+    MATTER,
     OBJECTIVES,
     REPEATED,
     active,
@@ -207,49 +213,89 @@ def test_values_out_of_range_are_refused_by_name(name, tmp_path):
 # --- At default settings --------------------------------------------------------------------------------------------
 
 
-UNCONDITIONAL = [name for name in METHODS if not DECLARATIONS[name].active]
+# The gradient itself is what weights move by
+PLAIN = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}
 
 
 @pytest.fixture(scope="module")
-def untouched(request, tmp_path_factory):
-    """Weights that the family's base comes to at its default settings."""
+def base_runs(request, tmp_path_factory):
+    """Weights that the family's base comes to, before and after, with TRL's fields as in the config of a method."""
     made = {}
 
-    def run(family: str, data, reward):
-        key = family, len(data), str(reward)
+    def run(family: str, given, data, reward):
+        base = load(FAMILIES[family].plain)
+        args = base.config_class(**settings(family, tmp_path_factory.mktemp("base"), **PLAIN))
+        names = [f.name for f in dataclasses.fields(parents(family)[1]) if f.name != "output_dir"]
+        changed = {name: getattr(given, name) for name in names if getattr(given, name) != getattr(args, name)}
+        key = family, str(changed), len(data), str(reward)
         if key not in made:
-            base = load(FAMILIES[family].plain)
-            args = base.config_class(**settings(family, tmp_path_factory.mktemp("base")))
+            vars(args).update(changed)
             trainer = build(base, family, model_path(family, request), args, data=data, reward=reward)
+            before = weights(trainer)
             trainer.train()
-            made[key] = weights(trainer)
+            made[key] = before, weights(trainer)
         return made[key]
 
     return run
 
 
-@pytest.mark.parametrize("name", UNCONDITIONAL)
-def test_a_method_without_conditions_acts_at_default_settings(name, request, tmp_path, caplog, untouched):
-    """Its signal and the gradient tell, or a warning that names it; the others declare under what they act."""
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_acts_at_default_settings_or_says_that_it_does_not(name, request, tmp_path, caplog, base_runs):
+    """
+    At its defaults, the logged signal tells of a method, and so do gradient or choice, against the base with the same
+    values of TRL's fields; else one warning names the method and the setting under which it acts.
+    """
     case = next(case for case in CASES if case.method == name)
     family, trainer_class = case.family, case.trainer
-    # What the mechanism works on: rows that repeat, several rewards
     data = concatenate_datasets([dataset(family)] * (2 if name in REPEATED else 1))
     reward = [digit_parity, every_fourth] if name == "dynamic_reward_weighting" else reward_of(trainer_class)
+    defaults = {f.name: field_default(f) for f in dataclasses.fields(trainer_class.config_class)}
+    short = {field: 6 for field in defaults if field.endswith("max_new_tokens")}
+    short["max_steps"] = max(2, defaults.get("online_iterations", 0))
+    args = trainer_class.config_class(**settings(family, tmp_path, **PLAIN | short | MATTER.get(name, {})))
     with caplog.at_level("WARNING"):
-        args = trainer_class.config_class(**settings(family, tmp_path))
         trainer = build(trainer_class, family, model_path(family, request), args, data=data, reward=reward)
         trainer.train()
     signal, found = logged(trainer, case.declaration.signal), weights(trainer)
     assert all(map(math.isfinite, signal))
-    parent = untouched(family, data, reward)
-    moved = found.keys() != parent.keys() or any(not torch.equal(found[key], parent[key]) for key in found)
-    warned = f"'{name}'" in caplog.text or any(f"`{field}`" in caplog.text for field in own(case))
-    assert warned or (moved and any(signal)), f"signal {signal}, other weights: {moved}, {caplog.text}"
+
+    start, expected = base_runs(family, args, data, reward)
+    acts = departure(found, expected, start) > 1e-5
+    told = [record.getMessage() for record in caplog.records if f"'{name}'" in record.getMessage()]
+    if name in INERT:
+        assert not acts and len(told) == 1 and INERT[name] in told[0]
+        return
+    assert any(signal)
+    assert len(told) == (name in INERT_IN_PART) and all(INERT_IN_PART[name] in text for text in told)
+    if name in CHOICE_OF_TRL:
+        assert not acts
+        defaults = load(FAMILIES[family].plain).config_class(**settings(family, tmp_path, **PLAIN))
+        acts = departure(found, base_runs(family, defaults, data, reward)[1], start) > 1e-5
+    assert acts
 
 
-def own(case) -> set[str]:
-    return {field for field in introduced(case.trainer.config_class) if field.startswith(case.declaration.prefix)}
+def departure(found, expected, start) -> float:
+    """How far weights are from those of another run, as a share of the way that the latter went."""
+    if found.keys() != expected.keys():
+        return math.inf
+    apart = sum((found[key] - expected[key]).square().sum() for key in found)
+    return float(apart / sum((expected[key] - start[key]).square().sum() for key in found)) ** 0.5
+
+
+UNSTAGED = [case for case in CASES if case.family != "policy" and case.method not in COMPONENTS]
+
+
+@pytest.mark.parametrize(
+    "trainer_class",
+    [*(case.trainer for case in UNSTAGED), load(FAMILIES["reward"].plain)],
+    ids=lambda cls: cls.__name__,
+)
+def test_what_a_loss_does_not_read_is_refused_by_name(trainer_class, request, tmp_path):
+    """Label smoothing of transformers, which TRL's losses of pairs ignore, and the stages replace."""
+    family = trainer_class.family.name
+    with pytest.raises(ValueError, match="`label_smoothing_factor`"):
+        args = trainer_class.config_class(**settings(family, tmp_path, label_smoothing_factor=0.2))
+        build(trainer_class, family, model_path(family, request), args)
 
 
 # --- Equal to TRL, drop-in ------------------------------------------------------------------------------------------
@@ -416,12 +462,14 @@ def do_combine(first: str, second: str) -> bool:
 
 
 BLOCKS = {family: blocks(objectives_of(family), do_combine) for family in FAMILIES}
+# Methods whose terms come from gradient-carrying passes over sequences that they sampled
+PASSES_OF_THEIR_OWN = {"hypo", "xpo"}
 CLASHES = [pair for family in FAMILIES for pair in pairs_of(objectives_of(family), 2) if not do_combine(*pair)]
 ALL_BLOCKS = [block for found in BLOCKS.values() for block in found]
 
 
 def run_both_ways(names, request, tmp_path):
-    """Train methods in the order given and in the reverse: all act, and the weights are equal."""
+    """Train methods in the order given and in the reverse: all act, weights and logs are equal to the bit."""
     found = []
     for order in (list(names), list(names)[::-1]):
         trainer_class, args = combined_config(order, tmp_path / order[0], max_steps=2)
@@ -433,11 +481,15 @@ def run_both_ways(names, request, tmp_path):
         assert not missing, f"{missing} did not act in {order}"
         assert all(math.isfinite(loss) for loss in logged(trainer, "loss"))
         found.append(trainer)
+    # Gradients of several further passes add up in the order in which these were made
+    rounding = 1e-7 if len(PASSES_OF_THEIR_OWN & set(names)) > 1 else 0
     first, second = map(weights, found)
+    assert first.keys() == second.keys()
     for key, value in first.items():
         assert value.isfinite().all()
-        # Passes of several methods add their gradients up in the order in which they were made
-        torch.testing.assert_close(value, second[key], rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(value, second[key], rtol=0, atol=rounding)
+    for one, other in zip(*map(history, found), strict=True):
+        assert one == (pytest.approx(other, rel=1e-6, abs=1e-7) if rounding else other)
 
 
 @pytest.mark.parametrize("block", ALL_BLOCKS, ids="+".join)
@@ -447,6 +499,75 @@ def test_a_block_of_methods_trains_in_both_orders(block, request, tmp_path):
     except Exception as error:
         left = culprits(block, lambda part: run_both_ways(part, request, tmp_path / "-".join(part)))
         raise AssertionError(f"{' + '.join(left)} fail together: {error}") from error
+
+
+class Halves(PolicyTrainer):
+    """A user's method on top of others."""
+
+    method = Method("halves", family="policy")
+    extends = {"score": {}}
+
+    def score(self, scored):
+        self.log_metric("halves/rows", float(len(scored.lengths)))
+        return super().score(scored) / 2
+
+
+class Decides(PolicyTrainer):
+    """A user's method that leaves no other its say in the stage, but for those around it."""
+
+    method = Method("decides", family="policy")
+    replaces = {"score": {}}
+
+    def score(self, scored):
+        self.log_metric("decides/rows", float(len(scored.lengths)))
+        return scored.rewards / 2
+
+
+class OnTop(load_trainer("dler")):
+    def score(self, scored):
+        return super().score(scored) / 2
+
+
+class InPlace(load_trainer("dler")):
+    def score(self, scored):
+        return scored.rewards / 2
+
+
+def cut_answers(trainer_class, request, tmp_path):
+    """Weights and history of a run in which DLER's stage `score` takes rewards away."""
+    values = {"max_completion_length": 3, "max_steps": 2}
+    trainer = build(
+        trainer_class,
+        "policy",
+        model_path("policy", request),
+        trainer_class.config_class(**settings("policy", tmp_path, **values)),
+    )
+    trainer.train()
+    return weights(trainer), history(trainer)
+
+
+@pytest.mark.parametrize("theirs", [Halves, Decides])
+def test_a_users_method_acts_with_ours_in_both_orders(theirs, request, tmp_path):
+    dler = load_trainer("dler")
+    results = [cut_answers(compose(*order), request, tmp_path) for order in ((theirs, dler), (dler, theirs))]
+    for key, value in results[0][0].items():
+        assert torch.equal(value, results[1][0][key])
+    assert results[0][1] == results[1][1]
+    assert {f"{theirs.method.name}/rows", "dler/truncated_fraction"} <= results[0][1][0].keys()
+
+
+@pytest.mark.parametrize("mine", [OnTop, InPlace])
+def test_a_users_subclass_acts_on_a_method_or_in_its_place(mine, request, tmp_path):
+    _, (first, *_) = cut_answers(mine, request, tmp_path)
+    assert ("dler/truncated_fraction" in first) == (mine is OnTop)
+
+
+def test_a_users_subclass_is_refused_where_it_would_silence_another_method(tmp_path):
+    args = compose(Halves, "dler").config_class(**settings("policy", tmp_path))
+    for parts in ((OnTop, Halves), (Halves, OnTop), (Halves, InPlace)):
+        compose(*parts).refuse_clashes(args)
+    with pytest.raises(ValueError, match=r"`InPlace.score` of the stage 'score' calls no .*'Halves'.*list the class"):
+        compose(InPlace, Halves).refuse_clashes(args)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -510,10 +631,11 @@ def test_components_of_all_slots_ride_together(family, request, tmp_path):
             torch.testing.assert_close(value, results[1][key], rtol=0, atol=0)
 
 
-def test_composed_config_takes_the_first_default_and_survives_pickle(tmp_path):
+def test_composed_config_takes_one_default_in_either_order_and_survives_pickle(tmp_path):
     first, second = compose("lp_reg", "dler").config_class, compose("dler", "lp_reg").config_class
-    assert first(**settings("policy", tmp_path)).epsilon_high == 9.0
-    assert second(**settings("policy", tmp_path)).epsilon_high == 0.28
+    # DLER's, whose config comes first in the alphabet
+    assert first(**settings("policy", tmp_path)).epsilon_high == second(**settings("policy", tmp_path)).epsilon_high
+    assert first(**settings("policy", tmp_path)).epsilon_high == 0.28
     # A default that only one of them overrides holds in either order
     assert first(**settings("policy", tmp_path)).delta == second(**settings("policy", tmp_path)).delta == 10.0
     args = first(**settings("policy", tmp_path, lp_reg_rho=0.5))

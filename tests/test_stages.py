@@ -357,6 +357,28 @@ def test_a_plain_class_under_a_replacement_is_hidden_as_in_plain_inheritance():
     assert combine(Doubles, middle, one).mix() == combine(Doubles, one, middle).mix() == expected
 
 
+def test_a_plain_class_that_would_silence_others_or_be_silenced_is_refused():
+    one, replaces, middle = extender("one", a=0), replacer("two", b=0), plain("middle")
+    silent = type("Silent", (Base,), {"mix": lambda self, value=0: ["silent"]})
+    over = type("Over", (replaces,), {"mix": lambda self, value=0: ["over"]})
+
+    def told(*order, a=1, b=1):
+        try:
+            type("Mine", order, {}).refuse_clashes(SimpleNamespace(a=a, b=b))
+        except ValueError as error:
+            return str(error)
+
+    # Of nobody's silence: those that lead on, a way of its own over what a class derives from, methods that are off
+    for order in ((middle, one, replaces), (one, silent), (over,), (one, over), (Doubles, middle)):
+        assert told(*order) is None
+    assert told(silent, one, a=0) is None and told(replaces, middle, b=0) is None
+    for order in ((silent, one), (over, one)):
+        assert "['Extender'], listed behind it, never act. Call it, list the class last, or" in told(*order)
+    assert "`Silent.mix` of the stage 'mix'" in told(silent, replaces) and "list the" not in told(silent, replaces)
+    for order in ((replaces, middle), (replaces, silent)):
+        assert "never act. List them first, calling `super()`." in told(*order)
+
+
 class Foreign:
     """A mixin of no family."""
 

@@ -334,3 +334,17 @@ def refuse_shared_names(configs: tuple[type, ...]) -> None:
 
 def _new_composed(name: str, leaves: tuple[type, ...]) -> Any:
     return object.__new__(merge_configs(name, leaves))
+
+
+def refuse_label_smoothing_factor(args: Any, instead: str) -> None:
+    """
+    Check that `label_smoothing_factor` is off, where the loss of TRL's trainer does not read it.
+
+    Raises:
+        `ValueError`: with what to do `instead`.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"`label_smoothing_factor` must be 0, got {args.label_smoothing_factor}: the loss of these trainers does "
+            f"not read it. Leave it out, or {instead}."
+        )

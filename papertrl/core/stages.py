@@ -61,7 +61,9 @@ class Staged:
     the order in which methods were listed.
 
     A class that declares nothing, such as a user's, overrides a stage's functions as in plain inheritance: it acts
-    among the extenders, or, listed after the one that replaces the stage, inside of that. A mixin that does not derive
+    among the extenders, or, listed after the one that replaces the stage, inside of that. Without `super()` it
+    overrides those that it derives from; were others behind it, or it behind one that leads nowhere, the
+    configuration is refused. A mixin that does not derive
     from the family acts around all methods, and must be listed before them.
 
     Raises:
@@ -194,10 +196,12 @@ class Staged:
     @classmethod
     def refuse_clashes(cls, args: Any) -> None:
         """
-        Check that no two methods of this class replace the same stage under the config `args`.
+        Check that no two methods of this class replace the same stage under the config `args`, and that no class
+        without a method keeps others from acting, or is kept.
 
         Raises:
-            `ValueError`: naming both methods, the stage, and the settings that resolve the clash.
+            `ValueError`: naming both methods, the stage, and the settings that resolve the clash; or the function
+                that calls no `super()`, who is behind it, and what to do.
         """
         for stage in cls.stages:
             found = cls.deciding(stage, args)
@@ -214,21 +218,56 @@ class Staged:
                 f"the stage '{stage}'. Leave one of them out{f', or set {ways}' if ways else ''}."
             )
 
+        for function in sorted(cls._functions()):
+            cls._refuse_hidden(function, args)
+
+    @classmethod
+    def _refuse_hidden(cls, function: str, args: Any) -> None:
+        """Check that nobody is behind a function that calls no `super()`, other than whom its class derives from."""
+        extending, replacing = cls._ordered(function, args)
+        order = [*extending, *replacing]
+        for place, owner in enumerate(order):
+            behind = [other for other in order[place + 1 :] if not issubclass(owner, other)]
+            # An extender may answer alone where its answer holds for everybody
+            extends = owner in cls.owners() and owner in extending
+            if not behind or extends or _leads_on(owner.__dict__[function], function):
+                continue
+            names = [other.__name__ for other in behind]
+            told = (
+                f"`{owner.__name__}.{function}` of the stage '{cls.stage_of(function)}' calls no `super()`, so that "
+            )
+            if owner in cls.owners():
+                raise ValueError(f"{told}{names}, listed behind it, never act. List them first, calling `super()`.")
+            last = "" if set(behind) & set(replacing) else ", list the class last"
+            raise ValueError(
+                f"{told}{names}, listed behind it, never act. Call it{last}, or derive the class from those that it "
+                "is to override."
+            )
+
     # --- Running a stage ----------------------------------------------------------------------------------------
 
-    def _chain(self, function: str) -> list[Link]:
-        cls = type(self)
+    @classmethod
+    def _ordered(cls, function: str, args: Any) -> tuple[list[type], list[type]]:
+        """Classes whose `function` runs under `args`, before the base's: around the replacement, and from it on."""
         stage = cls.stage_of(function)
-        around, inside = self._user_links(stage, function)
         base = next(b for b in cls.__mro__ if "stages" in b.__dict__)
         below_base = cls.__mro__[: cls.__mro__.index(base)]
-        acting, deciding = cls.acting(stage, self.args), cls._replacing(stage, self.args)
+        acting, deciding = cls.acting(stage, args), cls._replacing(stage, args)
         plain = [b for b in below_base if issubclass(b, Staged) and b not in cls.owners()]
         extending, replacing = [], []
         for owner in below_base:
             if function in owner.__dict__ and owner in (*acting, *plain):
-                inner = owner in deciding or (replacing and owner in plain)
-                (replacing if inner else extending).append(Link(owner, owner.__dict__[function].implementation))
+                (replacing if owner in deciding or (replacing and owner in plain) else extending).append(owner)
+        return extending, replacing
+
+    def _chain(self, function: str) -> list[Link]:
+        cls = type(self)
+        around, inside = self._user_links(cls.stage_of(function), function)
+        base = next(b for b in cls.__mro__ if "stages" in b.__dict__)
+        extending, replacing = (
+            [Link(owner, owner.__dict__[function].implementation) for owner in owners]
+            for owners in cls._ordered(function, self.args)
+        )
         return [*around, *extending, *inside, *replacing, Link(base, base.__dict__[function].implementation)]
 
     def _user_links(self, stage: str, function: str) -> tuple[list[Link], list[Link]]:
@@ -260,6 +299,15 @@ class Staged:
             return chain[place].run(self, *args, **kwargs)
         finally:
             running[function] = current
+
+
+def _leads_on(found: Any, name: str) -> bool:
+    """Whether a function calls `super()`, or the function `name` of a class; true where its code cannot be seen."""
+    code = getattr(inspect.unwrap(getattr(found, "__func__", found)), "__code__", None)
+    if code is None:
+        return True
+    codes = [code, *(const for const in code.co_consts if inspect.iscode(const))]
+    return any({"super", name} & set(each.co_names) for each in codes)
 
 
 def _install(owner: type, name: str, found: Any) -> None:

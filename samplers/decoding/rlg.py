@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import is_peft_model
 from torch import Tensor
 from transformers import AutoTokenizer
@@ -16,6 +17,8 @@ from ...losses.policy.surrogate import kl_estimate
 from ...models.loading import whole_checkpoints
 from .guidance import GuidanceLogitsProcessor, Reader
 from .processors import RowProcessor, check_config, check_sampled, check_trainer
+
+logger = get_logger(__name__)
 
 
 class RowReader(Reader):
@@ -136,6 +139,11 @@ class Rlg(Component):
     def attach(self, trainer: Any) -> None:
         super().attach(trainer)
         check_trainer(trainer, self.method)
+        if not self.config.rlg_train and trainer.args.eval_strategy == "no":
+            logger.warning(
+                "'rlg' does nothing while training: with `rlg_train=False` it guides evaluations alone, of which "
+                "`eval_strategy='no'` makes none. Set one of the two, or call `evaluate`."
+            )
         name = self.config.rlg_base_model
         code, revision = trainer.args.trust_remote_code, None
         if name is not None:

@@ -1,5 +1,5 @@
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from papertrl import UpdateSparsity, compose
@@ -53,7 +53,7 @@ def test_frozen_weights_do_not_count(tiny_path):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
     component = UpdateSparsity()
-    component.callbacks()[0].on_train_begin(None, None, None, model=model)
+    component.callbacks()[0].on_train_begin(None, TrainerState(max_steps=50), None, model=model)
     with torch.no_grad():
         model.get_output_embeddings().weight.add_(1)
     assert component.look(model) == {"update_sparsity/changed_share": 0.0}

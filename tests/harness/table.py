@@ -41,6 +41,23 @@ ON_FAILURE = {"guide_grpo", "scaf_grpo", "hpt_upge"}
 # Methods that look for rows that repeat
 REPEATED = {"dedup"}
 CHECKED = ("policy", "preference")
+# What the mechanisms of methods work on where they run at their default settings
+MATTER = {
+    # Answers that are cut
+    "dler": {"max_completion_length": 3},
+    "soft_overlong": {"max_completion_length": 3},
+    # Tokens that are rare, but no noise
+    "lp_reg": {"per_device_train_batch_size": 16, "num_generations": 8, "top_k": 8},
+    # Groups that fail, with a hint that helps
+    "scaf_grpo": {"num_generations": 2},
+    # Completions of some length: the gradient grows with its square
+    "hypo": {"hypo_kl_max_new_tokens": 12},
+}
+# Methods that do nothing at their default settings, and those of which a part does not, with the remedy that they name
+INERT = {"constrained_rlhf": "constraint_thresholds", "rlg": "rlg_train", "update_sparsity": "update_sparsity_every"}
+INERT_IN_PART = {"disco": "num_iterations", "hapo": "num_iterations", "gain_rl": "gain_sigma"}
+# Methods that, at their default settings, are a choice among TRL's fields, as their docstrings say
+CHOICE_OF_TRL = {"lite_ppo"}
 
 
 @dataclass(frozen=True)

@@ -149,8 +149,8 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
             return
         if kind == "gradient" and len(self.reward_func_names) < 2:
             logger.warning(
-                "`weighting_mode='gradient'` needs two reward functions or more to weigh, got "
-                f"{self.reward_func_names}: its weight stays 1."
+                "'dynamic_reward_weighting' does nothing: `weighting_mode='gradient'` needs two reward functions or "
+                f"more to weigh, got {self.reward_func_names}. Pass another, or set 'hypervolume'."
             )
         if bool((self.reward_weights <= 0).any()):
             raise ValueError(

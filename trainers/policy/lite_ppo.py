@@ -54,8 +54,9 @@ class LitePpoGRPOTrainer(PolicyTrainer):
     the standard deviation being over the raw rewards of the whole generation batch on all ranks, unbiased
     (arXiv:2508.08221). A near-unanimous group then gets no huge advantage for its one deviating answer.
 
-    It is TRL's `scale_rewards="batch"`; what this trainer adds is the paper's defaults, the batch mean for its
-    ablation, and the metrics that show the effect. ε is TRL's 1e-4.
+    At its defaults the method is a choice of values for TRL's fields, `scale_rewards="batch"` before all, and gives
+    TRL's gradient; what this trainer adds is these values as defaults, the batch mean for the paper's ablation, and
+    the metrics that show the effect. ε is TRL's 1e-4.
 
     Relations:
         DLER also leaves the group's standard deviation, but whitens over tokens; the two replace the same stage.

@@ -3,7 +3,7 @@
 from dataclasses import fields
 from typing import Any
 
-from ...core.configuration import field_default
+from ...core.configuration import field_default, refuse_label_smoothing_factor
 from ...losses.preference.pair_losses import PAIR_LOSS_INPUTS
 
 # Settings of TRL's, with the inputs of a loss of which at least one depends on them
@@ -53,6 +53,7 @@ def refuse_unread_settings(args: Any) -> None:
     Raises:
         `ValueError`: naming the setting, and the losses that read it.
     """
+    refuse_label_smoothing_factor(args, "set `label_smoothing` with a `loss_type` that reads it")
     defaults = {f.name: field_default(f) for f in fields(args)}
     for name, inputs in _READ_THROUGH.items():
         readers = [loss for loss, needs in PAIR_LOSS_INPUTS.items() if inputs & set(needs)]

@@ -145,10 +145,11 @@ class UpoDPOTrainer(PreferenceTrainer):
     trains plain DPO.
 
     The estimator's dropout acts in every layer, as that of the authors' adapters. With the default rate B was 0.001 to
-    0.03 nats in our runs, about twice as high for pairs that are hard to tell apart as for others: the vote of the
-    passes decides on most of the selection, and the default α smooths little; a higher `upo_dropout` raises both. A
-    classifier that has learned nothing says ½ with little uncertainty
-    too: watch `upo/confidence`, the mean distance of its probabilities from ½, and let it learn longer.
+    0.03 nats in our runs, so that the vote of the passes decides on most of the selection and the default α smooths
+    little; a higher `upo_dropout` raises both. In the one task on which we compared, B was about twice as high for
+    pairs that are hard to tell apart as for others; how it is elsewhere was not measured. A classifier that has
+    learned nothing says ½ with little uncertainty too: watch `upo/confidence`, the mean distance of its probabilities
+    from ½, and let it learn longer.
 
     Left out are further samplings of the authors' code (a random quarter of the pairs, the 30% of largest margin, the
     dataset's answer among the candidates), adapters in the estimator, and the division of the likelihood by the

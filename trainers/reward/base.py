@@ -9,7 +9,7 @@ from torch.nn.functional import logsigmoid
 from transformers import AutoModelForSequenceClassification
 from trl import RewardConfig, RewardTrainer
 
-from ...core.configuration import MethodConfigMixin
+from ...core.configuration import MethodConfigMixin, refuse_label_smoothing_factor
 from ...core.family import REWARD
 from ...losses.terms import LossTerm
 from ..method import MethodTrainer
@@ -31,6 +31,10 @@ LOSS_STAGES = ("scores", "margin", "pair_losses", "pair_weights", "extra_terms")
 @dataclass
 class RewardModelConfig(MethodConfigMixin, RewardConfig):
     """Configuration of [`RewardModelTrainer`]: TRL's [`~trl.RewardConfig`]."""
+
+    def validate(self) -> None:
+        super().validate()
+        refuse_label_smoothing_factor(self, "smooth by a function of yours in the stage `pair_losses`")
 
 
 class RewardModelTrainer(MethodTrainer, RewardTrainer):
