@@ -111,7 +111,7 @@ def test_reasoning_gym_task():
         task.preference(train)
 
 
-def test_reasoning_gym_missing_names_the_extra(monkeypatch):
+def test_reasoning_gym_missing_names_the_package(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "reasoning_gym", None)
-    with pytest.raises(ImportError, match=r"papertrl\[tasks\]"):
+    with pytest.raises(ImportError, match="`pip install reasoning-gym`"):
         load_task("reasoning_gym:chain_sum")
