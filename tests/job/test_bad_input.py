@@ -108,6 +108,11 @@ def test_rewards(name, part, capsys, tmp_path):
     assert f"'{name}'" in message and part in message
 
 
+def test_an_unknown_task_is_refused_before_a_folder_is_made(capsys, tmp_path):
+    assert "additon" in refusal(capsys, "--task", "additon", "--output_dir", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 def test_checkpoints(capsys, tmp_path, small_run):
     copy = tmp_path / "copy"
     shutil.copytree(small_run, copy)
