@@ -15,6 +15,8 @@ from ..core.errors import UsageError
 LAUNCHED = "PAPERTRL_LAUNCHED"
 # How long the others have to end by themselves when one process has failed
 GRACE_SECONDS = 20.0
+# Processes that may share a CPU of fewer cores
+MOST_SHARING = 8
 
 
 def is_launched() -> bool:
@@ -41,7 +43,7 @@ def launch(command: Sequence[str], processes: int, use_cpu: bool = False) -> int
         `int`: exit code of the first process that failed, else 0.
 
     Raises:
-        [`~papertrl.core.errors.UsageError`]: if there are fewer accelerators than processes.
+        [`~papertrl.core.errors.UsageError`]: if there are fewer accelerators than processes, or far fewer cores.
     """
     import torch
 
@@ -49,6 +51,12 @@ def launch(command: Sequence[str], processes: int, use_cpu: bool = False) -> int
         raise UsageError(
             f"`--num_processes` must be at most {torch.accelerator.device_count()}, the number of accelerators here, "
             f"got {processes}. With `--use_cpu`, processes share the CPU."
+        )
+    cores = os.cpu_count() or 1
+    if processes > max(MOST_SHARING, cores):
+        raise UsageError(
+            f"`--num_processes` must be at most {max(MOST_SHARING, cores)} on a machine of {cores} cores, got "
+            f"{processes}: each holds the model."
         )
     shared = {
         **os.environ,

@@ -4,12 +4,14 @@ import gc
 import hashlib
 import json
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from safetensors.torch import save_file
 
+from papertrl import DeepsearchGRPOTrainer
 from papertrl.core.catalogue import load_trainer
 from papertrl.core.compose import compose
 from papertrl.trainers.policy.batching import MicroBatches
@@ -74,11 +76,15 @@ class InOrder(MicroBatches):
 
 def keyed_completions(self, prompt_ids, *args, **kwargs):
     """Completions that depend on prompt, place in the group and batch, but not on how ranks share the rows."""
-    rows = []
+    rows, equal = [], Counter()
     for i, ids in enumerate(prompt_ids):
         place = self.accelerator.process_index * len(prompt_ids) + i
         # Rows sampled anew belong to no group yet
         place = place if self.num_generations == 1 else place % self.num_generations
+        if isinstance(self, DeepsearchGRPOTrainer):
+            # Trees ask for more or fewer rows each, and one tree's all lie on one rank
+            place = equal[tuple(ids)]
+            equal[tuple(ids)] += 1
         digest = hashlib.sha256(f"{ids}-{place}-{self.state.global_step}".encode()).digest()
         rows.append([4 + byte % 60 for byte in digest[: 1 + digest[31] % 6]] + [self.eos_token_ids[0]])
     # DeepSearch samples in steps

@@ -94,3 +94,8 @@ def test_a_replaced_generate_is_respected(policy_path, tmp_path, caplog):
     assert len(calls) == 2
     assert {log["completions/max_length"] for log in trainer.state.log_history if "loss" in log} == {1.0}
     assert caplog.text.count("has its own `generate`") == 1
+
+
+def test_options_that_generate_does_not_know_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`generation_kwargs` .*'stop_string'.*Did you mean `stop_strings`"):
+        PolicyConfig(**settings("policy", tmp_path), generation_kwargs={"stop_string": ["."]})

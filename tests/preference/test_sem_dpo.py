@@ -191,7 +191,7 @@ def test_callable_and_column_take_the_place_of_the_encoder(tiny_path, tokenizer,
         args = SemDPOConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", disable_tqdm=True, max_steps=1)
         return SemDPOTrainer(tiny_path, None, args, train_dataset=dataset, processing_class=tokenizer, **kwargs)
 
-    with pytest.raises(ValueError, match=r"pip install 'papertrl\[sem\]'"):
+    with pytest.raises(ValueError, match="`pip install wordllama`"):
         build(pairs())
     trainer = build(pairs(), sem_encoder=lambda texts: torch.tensor([[1.0, float("4" in text)] for text in texts]))
     half = 1 - math.sqrt(0.5)

@@ -1,10 +1,12 @@
 """The policy family's base: `GRPOTrainer`, opened into stages that methods override."""
 
+import difflib
 from typing import Any
 
 import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
+from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from ...core.configuration import MethodConfigMixin, method_config, method_field
@@ -56,6 +58,14 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
     def validate(self):
         super().validate()
         check_stop_strings(self)
+        known = vars(GenerationConfig())
+        unknown = [name for name in self.generation_kwargs or {} if name not in known and not self.use_vllm]
+        if unknown:
+            near = difflib.get_close_matches(unknown[0], known, n=1)
+            raise ValueError(
+                f"`generation_kwargs` must have names of options of `generate`, got {unknown}, which would do nothing."
+                + (f" Did you mean `{near[0]}`?" if near else "")
+            )
 
 
 class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
