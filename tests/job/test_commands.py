@@ -16,6 +16,7 @@ from papertrl import ConstrainedRlhfGRPOTrainer, PolicyConfig, PolicyTrainer, cl
 from papertrl.commands.chat import Talk
 from papertrl.commands.settings import _Computed, _written, loaded_settings
 from papertrl.core.catalogue import DECLARATIONS, load
+from papertrl.core.errors import UsageError
 from papertrl.evaluation.models import load_model
 from papertrl.job.arguments import choose, parse
 from papertrl.job.dry_run import dry_run
