@@ -216,7 +216,7 @@ def test_processes_are_told_of_each_other(tmp_path):
     assert launch([sys.executable, "one.py", "0"], 3, use_cpu=True) == 0
     assert [(tmp_path / f"rank{i}").read_text() for i in range(3)] == [f"{i} 3 true 1" for i in range(3)]
     assert launch([sys.executable, "one.py", "5"], 2, use_cpu=True) == 5
-    with pytest.raises(UsageError, match="`--num_processes` must be at most .* cores, got 9999"):
+    with pytest.raises(UsageError, match=r"`--num_processes` must be at most .* cores, got 9999"):
         launch([sys.executable, "one.py", "0"], 9999, use_cpu=True)
 
 
