@@ -62,7 +62,7 @@ def test_wordllama_knows_meaning_without_network():
 def test_missing_packages_and_models_are_named(monkeypatch):
     load_encoder.cache_clear()
     monkeypatch.setitem(sys.modules, "wordllama", None)
-    with pytest.raises(ValueError, match=r"pip install 'papertrl\[sem\]'"):
+    with pytest.raises(ValueError, match="`pip install wordllama`"):
         load_encoder("wordllama")
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     with pytest.raises(ValueError, match=r"'nobody/nothing'.*pip install sentence-transformers"):

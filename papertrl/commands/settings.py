@@ -54,7 +54,7 @@ def _written(name: str) -> list[Setting]:
     if spec is None or spec.origin is None:
         raise _Computed
     config = attribute.removesuffix("Trainer") + "Config"
-    classes = ast.parse(Path(spec.origin).read_text()).body
+    classes = ast.parse(Path(spec.origin).read_text(encoding="utf-8")).body
     body = next((c.body for c in classes if isinstance(c, ast.ClassDef) and c.name == config), None)
     if body is None:
         raise _Computed

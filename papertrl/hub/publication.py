@@ -168,9 +168,9 @@ def publishable(folder: Path, patterns: tuple[str, ...], prefix: str = "") -> tu
 def _content(path: Path) -> Path | bytes:
     if path.name in REPORTS and path.suffix in TEXTS:
         # Scrubbed when they were made, except where people or methods put more into them
-        text = path.read_text(errors="surrogateescape")
+        text = path.read_text(encoding="utf-8", errors="surrogateescape")
         clean = scrub_text(text)
-        return path if clean == text else clean.encode(errors="surrogateescape")
+        return path if clean == text else clean.encode("utf-8", "surrogateescape")
     if path.suffix not in TEXTS and path.name not in VOCABULARIES:
         return path
     refuse_secrets(path.name, path.read_text(encoding="utf-8", errors="replace"))

@@ -129,7 +129,9 @@ def _folder(path: Path, arguments: JobArguments) -> Splits | DatasetDict | Itera
         return {"train": Dataset.load_from_disk(str(path))}
     # A card may say which files make which split
     card = path / "README.md"
-    described = card.is_file() and "configs:" in card.read_text(errors="replace").partition("\n---")[0]
+    described = (
+        card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
+    )
     try:
         files = DataFilesDict.from_patterns(get_data_patterns(str(path)), base_path=str(path))
     except EmptyDatasetError:
