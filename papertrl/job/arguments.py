@@ -33,15 +33,11 @@ EMBEDDED_RUN = {
 }
 
 
-def _flag(default: Any, help: str, **valid: Any) -> Any:
-    return method_field(default, help, **valid)
-
-
 @dataclass
 class JobArguments:
     """What a training job takes beside the method's config and TRL's `ModelConfig`."""
 
-    task: str | None = _flag(
+    task: str | None = method_field(
         None,
         "Procedural task: `addition` (the default without `dataset_name`), `automaton`, `countdown`, `marker`, "
         "`mixture`, `rewrite`, `sorting`, `tool_call`, or `reasoning_gym:<generator>`.",
@@ -49,22 +45,22 @@ class JobArguments:
     task_kwargs: dict = field(
         default_factory=dict, metadata={"help": "Settings of the task as JSON, such as '{\"digits\": 3}'."}
     )
-    task_size: int = _flag(
+    task_size: int = method_field(
         4000, "Number of training problems drawn from the task.", ge=1, le=MOST_PROBLEMS, whole=True
     )
-    dataset_name: str | None = _flag(
+    dataset_name: str | None = method_field(
         None, "Dataset instead of a task: Hub id, local folder, or JSON/CSV/Parquet file."
     )
-    dataset_config: str | None = _flag(None, "Configuration of the Hub dataset.")
-    dataset_train_split: str = _flag("train", "Split to train on.")
-    dataset_test_split: str = _flag("test", "Split held out, used where the dataset has it.")
-    held_out_share: float = _flag(
+    dataset_config: str | None = method_field(None, "Configuration of the Hub dataset.")
+    dataset_train_split: str = method_field("train", "Split to train on.")
+    dataset_test_split: str = method_field("test", "Split held out, used where the dataset has it.")
+    held_out_share: float = method_field(
         0.0,
         "Share of the training rows to hold out, for a dataset that has no split for it; whole prompts at a time.",
         ge=0,
         lt=1,
     )
-    dataset_streaming: bool = _flag(False, "Whether to stream the dataset.")
+    dataset_streaming: bool = method_field(False, "Whether to stream the dataset.")
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
@@ -74,12 +70,12 @@ class JobArguments:
             "task's verifier."
         },
     )
-    reward_model: str | None = _flag(
+    reward_model: str | None = method_field(
         None,
         "Reward model that judges sampled completions: id or folder of a sequence classifier with one label. Adds to "
         "`reward_funcs`, and stands in for the task's verifier.",
     )
-    judge: str | None = _flag(
+    judge: str | None = method_field(
         None,
         "Pairwise judge of the online loop of preference methods, instead of rewards: id or folder of a language "
         "model as `papertrl.rewards.pairwise` trains it, or the dotted path of a function.",
@@ -91,35 +87,35 @@ class JobArguments:
             "`scale=my_module.my_scale`; docs/stages.md lists the stages. A config file has a mapping."
         },
     )
-    gguf_file: str | None = _flag(None, "File name of a GGUF model inside `model_name_or_path`.")
-    start_model_steps: int = _flag(
+    gguf_file: str | None = method_field(None, "File name of a GGUF model inside `model_name_or_path`.")
+    start_model_steps: int = method_field(
         1600,
         "Supervised warm-up steps of the embedded tiny model, on the task's demonstrations.",
         ge=0,
         le=MOST,
         whole=True,
     )
-    start_model_error_share: float = _flag(
+    start_model_error_share: float = method_field(
         0.6,
         "Share of these demonstrations with the task's typical error: higher leaves less to build on.",
         ge=0,
         le=1,
     )
-    held_out_prompts: int = _flag(
+    held_out_prompts: int = method_field(
         256,
         "Held-out prompts answered greedily before and after training; 0 for none.",
         ge=0,
         le=MOST_PROBLEMS,
         whole=True,
     )
-    held_out_evaluations: int = _flag(
+    held_out_evaluations: int = method_field(
         0,
         "How often, evenly spread, held-out prompts are also answered during training.",
         ge=0,
         le=MOST,
         whole=True,
     )
-    overwrite_output_dir: bool = _flag(False, "Whether to replace the run that `output_dir` holds.")
+    overwrite_output_dir: bool = method_field(False, "Whether to replace the run that `output_dir` holds.")
 
     def __post_init__(self):
         check_ranges(self)

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import torch
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedTokenizerBase
-from trl.distributed import DistributedBackend
-from trl.models.utils import disable_gradient_checkpointing, unwrap_model_for_generation
+from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from ...losses.terms import LossTerm
@@ -194,16 +193,8 @@ class PreferenceServices:
             with self.reference_model() as reference:
                 yield self.accelerator.unwrap_model(reference)
             return
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped,
-                self.accelerator,
-                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
-            ) as model,
-            self.reference_model() if source == "reference" else nullcontext(),
-            torch.no_grad(),
-            DistributedBackend(self.accelerator).summon_full_params(self.model_wrapped, recurse=False),
-        ):
+        reference = self.reference_model() if source == "reference" else nullcontext()
+        with self.unwrapped_policy() as model, reference, torch.no_grad():
             yield model
 
     def eos_token_ids(self, model: torch.nn.Module) -> list[int]:
