@@ -9,9 +9,8 @@ from transformers import GenerationConfig
 from trl.trainer.utils import add_fused_lm_head
 
 from papertrl.samplers.decoding.rollout import sample_rollouts, supported
-from papertrl.trainers.policy.passes import rollout_inputs
-from papertrl.trainers.preference.sharing import pair_inputs
-from papertrl.trainers.shared_prefix import add_shared_prefix
+from papertrl.trainers.packed_forward import add_packed_forward
+from papertrl.trainers.packing import pack
 from papertrl.trainers.sharing import find_sharing
 
 from .harness.architectures import ARCHITECTURES, ATTEMPTS, VOCAB, NotBuildableError, tiny_architecture, tiny_config
@@ -22,8 +21,8 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0]
 VARIANTS = {
     "positions from the mask": ("opt", {}, True, None),
     "learned positions": ("gpt2", {}, True, None),
-    "local attention": ("gpt_neo", {"window_size": 4}, True, None),
-    "slopes from the mask": ("bloom", {}, True, None),
+    "local attention": ("gpt_neo", {"window_size": 4}, False, None),
+    "slopes from the mask": ("bloom", {}, False, None),
     "experts": ("qwen2_moe", {}, True, None),
     "long factors": (
         "phi3",
@@ -37,7 +36,7 @@ VARIANTS = {
         True,
         23,
     ),
-    "sliding window": ("mistral", {}, False, None),
+    "sliding window": ("mistral", {}, True, None),
     "attends to what follows": ("bert", {"is_decoder": False}, False, None),
     "recurrent": ("mamba", {}, False, None),
 }
@@ -84,7 +83,7 @@ def compare_sharing(model, left_padded: bool) -> dict | str:
     if isinstance(sharing, str):
         return sharing
     add_fused_lm_head(model)
-    add_shared_prefix(model)
+    add_packed_forward(model)
     found = {"logps": 0.0, "gradients": 0.0, "lengths": []}
     for prompts, time in BATCHES.values():
         ids, mask, width = rows(prompts, time)
@@ -98,13 +97,9 @@ def compare_sharing(model, left_padded: bool) -> dict | str:
         expected = trl_scores(model, ids, mask, completion)
         weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0)) * completion[:, 1:]
         wanted = gradients(model, expected, weight)
-        if left_padded:
-            out = model(**rollout_inputs(ids, mask, mask[:, width:].bool(), sharing.own_positions))
-            got = out.scores["log_probs"]
-            got = torch.nn.functional.pad(got, (width - 1, expected.shape[1] - got.shape[1] - width + 1))
-        else:
-            inputs, place = pair_inputs(ids, mask, completion, sharing.own_positions)
-            got = place(model(**inputs).scores)["log_probs"]
+        prompts_of = (mask - completion).sum(1)
+        got = model(packing=pack(ids, mask, prompts_of, completion.bool(), sharing.count_padding)).scores
+        got = got["log_probs"][:, 1:]
         given = gradients(model, got, weight)
         scale = max(value.abs().max() for value in wanted.values())
         found["logps"] = max(found["logps"], ((got - expected) * completion[:, 1:]).abs().max().item())

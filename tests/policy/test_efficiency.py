@@ -5,21 +5,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, MambaConfig, Qwen2Config
 from trl import GRPOConfig, GRPOTrainer
 
 from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.batching import MicroBatches
-from papertrl.trainers.policy.passes import rollout_inputs
-from papertrl.trainers.shared_prefix import add_shared_prefix, length_buckets
-from papertrl.trainers.sharing import why_not_shared
+from papertrl.trainers.policy.passes import score_tokens
 
 from ..harness.architectures import tiny_architecture, tiny_config
 from ..harness.table import active_config, build, dataset, digit_parity, settings, weights
-
-SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2}
 
 
 def random_batch(prompts=(3, 5, 1), group=3, time=6, seed=0):
@@ -35,44 +29,6 @@ def random_batch(prompts=(3, 5, 1), group=3, time=6, seed=0):
         ids[i, width - prompt : width] = ids[i // group * group, width - prompt : width]
         mask[i, width - prompt : width + lengths[i]] = 1
     return ids, mask, width
-
-
-def make_model(config):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config).train()
-
-
-def plain_scores(model, ids, mask, width, temperature):
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, width - 1 : -1] / temperature
-    logps = torch.log_softmax(logits.float(), dim=-1)
-    entropy = -(logps.exp() * logps).sum(-1)
-    return logps.gather(-1, ids[:, width:, None]).squeeze(-1), entropy
-
-
-@pytest.mark.parametrize(
-    "config",
-    [
-        Qwen2Config(**SIZES, **HEADS),
-        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
-    ],
-    ids=["rotary", "learned-positions"],
-)
-@pytest.mark.parametrize("share", [1.0, 0.4], ids=["all-tokens", "some-tokens"])
-def test_shared_prompts_give_log_probs_and_gradients_of_the_plain_forward(config, share):
-    ids, mask, width = random_batch()
-    labels = mask[:, width:].bool() & (torch.rand(mask[:, width:].shape, generator=torch.manual_seed(1)) < share)
-    weight = torch.randn(labels.shape, generator=torch.manual_seed(2)) * labels
-    plain, shared = make_model(config), make_model(config)
-    expected, expected_entropy = plain_scores(plain, ids, mask, width, 0.7)
-    (expected * weight + 0.1 * expected_entropy * weight).sum().backward()
-    add_shared_prefix(shared, temperature=0.7)
-    out = shared(**rollout_inputs(ids, mask, labels))
-    time = out.scores["log_probs"].shape[1]
-    (out.scores["log_probs"] * weight[:, :time] + 0.1 * out.scores["entropy"] * weight[:, :time]).sum().backward()
-    torch.testing.assert_close(out.scores["log_probs"], (expected * labels)[:, :time], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.scores["entropy"], (expected_entropy * labels)[:, :time], rtol=1e-5, atol=1e-5)
-    for (name, got), want in zip(shared.named_parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -128,62 +84,6 @@ def test_a_trainer_scores_as_trl_wherever_positions_come_from(
     assert caplog.text.count("rows longer than 13 tokens") == (limit is not None)
 
 
-def test_padding_cannot_leak_into_shared_scores():
-    ids, mask, width = random_batch()
-    model = make_model(Qwen2Config(**SIZES, **HEADS))
-    add_shared_prefix(model)
-    labels = mask[:, width:].bool()
-    noise = torch.where(mask.bool(), ids, (ids + 7) % 50)
-    one, other = (model(**rollout_inputs(x, mask, labels)).scores["log_probs"] for x in (ids, noise))
-    torch.testing.assert_close(one, other, rtol=0, atol=0)
-
-
-def test_nothing_to_score_is_a_connected_zero():
-    ids, mask, width = random_batch()
-    model = make_model(Qwen2Config(**SIZES, **HEADS))
-    add_shared_prefix(model)
-    out = model(**rollout_inputs(ids, mask, torch.zeros_like(mask[:, width:]).bool()))
-    out.scores["log_probs"].sum().backward()
-    assert out.scores["log_probs"].abs().sum() == 0 and all((p.grad == 0).all() for p in model.parameters())
-
-
-def test_plain_calls_and_generation_are_untouched():
-    ids, mask, _ = random_batch()
-    model = make_model(Qwen2Config(**SIZES, **HEADS)).eval()
-    before = model(input_ids=ids, attention_mask=mask).logits
-    tokens = model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False)
-    add_shared_prefix(model)
-    assert (model(input_ids=ids, attention_mask=mask).logits == before).all()
-    assert (model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False) == tokens).all()
-
-
-@pytest.mark.parametrize(
-    ("config", "reason"),
-    [
-        (Qwen2Config(**SIZES, **HEADS), None),
-        (Qwen2Config(**SIZES, **HEADS, use_sliding_window=True, sliding_window=4, max_window_layers=1), "types"),
-        (Gemma2Config(**SIZES, **HEADS, head_dim=8, sliding_window=4), "types"),
-        (MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4), "recurrent|cache"),
-    ],
-    ids=["plain", "sliding", "hybrid", "no-cache"],
-)
-def test_models_that_cannot_share_are_told_why(config, reason):
-    import re
-
-    found = why_not_shared(make_model(config))
-    assert found is None if reason is None else re.search(reason, found)
-
-
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=40))
-def test_length_buckets_partition_rows_and_save_padding(lengths):
-    buckets = length_buckets(lengths)
-    assert sorted(row for bucket in buckets for row in bucket) == list(range(len(lengths)))
-    firsts = [lengths[bucket[0]] for bucket in buckets]
-    assert all(lengths[row] <= first for bucket, first in zip(buckets, firsts, strict=True) for row in bucket)
-    padded = sum(len(bucket) * first for bucket, first in zip(buckets, firsts, strict=True))
-    assert padded <= len(lengths) * max(lengths)
-
-
 def gradient(trainer, batches):
     trainer.model.zero_grad()
     trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
@@ -194,7 +94,12 @@ def gradient(trainer, batches):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, *[{"loss_type": loss} for loss in ("grpo", "dr_grpo", "luspo", "cispo", "sapo")], {"beta": 0.1}],
+    [
+        {},
+        *[{"loss_type": loss} for loss in ("grpo", "dr_grpo", "luspo", "cispo", "sapo")],
+        {"beta": 0.1},
+        {"gradient_checkpointing": True},
+    ],
     ids=lambda o: "+".join(f"{k}={v}" for k, v in o.items()) or "default",
 )
 def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
@@ -235,6 +140,31 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
     assert scale > 1e-2
     for name, value in found.items():
         assert (value - expected[name]).abs().max() <= 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_methods_read_of_a_pass_is_what_the_plain_pass_has(checkpointing, policy_path, tmp_path):
+    args = PolicyConfig(**settings("policy", tmp_path, gradient_checkpointing=checkpointing))
+    trainer = build(PolicyTrainer, "policy", policy_path, args)
+    trainer.model.train()
+    ids, mask, width = random_batch()
+    needs = frozenset({"logps", "entropy", "hidden_states", "mlp_inputs"})
+    tokens = []
+    trainer.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    passes = []
+    for shares in (False, True):
+        trainer.shares = lambda length, shares=shares: shares
+        with torch.no_grad():
+            passes.append(score_tokens(trainer, trainer.model, ids, mask, mask[:, width:].bool(), 4, needs)[0])
+    plain, packed = passes
+    # In three chunks of rows, of three prompts
+    assert sum(tokens[:3]) == ids.numel() and sum(tokens[3:]) < mask.sum()
+    completion = mask[:, width:].bool()
+    for name in ("logps", "entropies", "hidden_states"):
+        torch.testing.assert_close(getattr(packed, name)[completion], getattr(plain, name)[completion])
+    torch.testing.assert_close(packed.mlp_inputs[mask.bool()], plain.mlp_inputs[mask.bool()])
 
 
 def test_a_batch_without_effect_still_runs_every_micro_batch(policy_path, tmp_path):
@@ -316,7 +246,6 @@ def test_live_groups_are_not_divided(policy_path, tmp_path):
         ({"top_entropy_quantile": 0.5}, "compares the tokens of a micro-batch"),
         ({"entropy_coef": 0.1}, "entropy bonus"),
         ({"gradient_accumulation_steps": 3, "steps_per_generation": 2}, "end at different places"),
-        ({"gradient_checkpointing": True}, "turns off the cache"),
     ],
     ids=lambda o: next(iter(o)) if isinstance(o, dict) else "",
 )

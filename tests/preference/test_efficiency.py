@@ -2,17 +2,13 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig
 from trl import DPOConfig, DPOTrainer
 
 from papertrl.core.catalogue import load_trainer
 from papertrl.trainers.preference.base import PreferenceTrainer
-from papertrl.trainers.preference.sharing import pair_inputs
-from papertrl.trainers.shared_prefix import add_shared_prefix
 
-from ..harness.pairs import first_batch, loss_and_gradients, make_trainer, of_trl, perturbed, recorded
+from ..harness.pairs import first_batch, loss_and_gradients, make_trainer, of_trl, recorded
 
 
 def make_pair(tiny_path, tokenizer, tmp_path, **options):
@@ -32,6 +28,7 @@ def make_pair(tiny_path, tokenizer, tmp_path, **options):
         {"max_length": 7},
         {"max_length": 7, "truncation_mode": "keep_end"},
         {"precompute_ref_log_probs": True},
+        {"gradient_checkpointing": True},
     ],
     ids=lambda o: "+".join(o) or "default",
 )
@@ -63,51 +60,6 @@ def test_each_prompt_runs_once_for_policy_and_reference(tiny_path, tokenizer, tm
     assert 0 < tokens["policy"] == tokens["reference"] < batch["input_ids"].numel()
 
 
-@given(
-    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=4),
-    st.integers(0, 3),
-)
-def test_layout_there_and_back(pairs, padding):
-    """Scores land where TRL has them, whatever the lengths; checked with a score that names its token."""
-    rows = [(p, c, i) for i, (p, c, _) in enumerate(pairs)] + [(p, r, i) for i, (p, _, r) in enumerate(pairs)]
-    length = max(p + c for p, c, _ in rows) + padding
-    ids, mask, completion = (torch.zeros(len(rows), length, dtype=torch.long) for _ in range(3))
-    for row, (p, c, i) in enumerate(rows):
-        ids[row, :p] = 100 * (i + 1) + torch.arange(p)
-        ids[row, p : p + c] = 1000 * (row + 1) + torch.arange(c)
-        mask[row, : p + c], completion[row, p : p + c] = 1, 1
-    inputs, place = pair_inputs(ids, mask, completion)
-    prefix = inputs["shared_prefix"]
-    assert len(prefix.input_ids) == len(pairs)
-    scores = inputs["input_ids"].float() * prefix.label_mask
-    placed = place({"log_probs": scores})["log_probs"]
-    assert (placed == (ids * completion)[:, 1:]).all()
-    for row, (p, _, i) in enumerate(rows):
-        prompt = prefix.input_ids[prefix.index[row]][prefix.attention_mask[prefix.index[row]].bool()]
-        assert prompt.tolist() == [100 * (i + 1) + j for j in range(p)]
-        positions = prefix.position_ids[prefix.index[row]][-p:]
-        assert positions.tolist() == list(range(p)) and inputs["position_ids"][row, 0] == min(p, length - 1)
-
-
-def test_a_row_without_prompt_takes_the_plain_way():
-    ids = torch.tensor([[5, 6, 7], [5, 6, 0]])
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    assert pair_inputs(ids, mask, mask)[0] is None
-
-
-def test_padding_cannot_leak(tiny_path, tokenizer, tmp_path):
-    model = perturbed(tiny_path)
-    add_shared_prefix(model)
-    trainer = make_trainer(PreferenceTrainer, tiny_path, tokenizer, tmp_path)
-    batch = first_batch(trainer)
-    noise = torch.where(batch["attention_mask"].bool(), batch["input_ids"], 17)
-    results = []
-    for ids in (batch["input_ids"], noise):
-        inputs, place = pair_inputs(ids, batch["attention_mask"], batch["completion_mask"])
-        results.append(place(model(**inputs).scores)["log_probs"])
-    assert torch.equal(*results)
-
-
 @pytest.mark.parametrize("values", [{"bf16": True}, {"peft_config": LoraConfig(r=4, target_modules="all-linear")}])
 @pytest.mark.parametrize("name", ["rpo", "hypo"])
 def test_methods_train_with_sharing(name, values, tiny_path, tokenizer, tmp_path):
@@ -116,11 +68,3 @@ def test_methods_train_with_sharing(name, values, tiny_path, tokenizer, tmp_path
     assert trainer.sharing
     trainer.train()
     assert all(p.isfinite().all() for p in trainer.model.parameters())
-
-
-def test_gradient_checkpointing_is_logged_as_a_reason(tiny_path, tokenizer, tmp_path, caplog):
-    trainer = make_trainer(
-        PreferenceTrainer, tiny_path, tokenizer, tmp_path, share_prompts=True, gradient_checkpointing=True
-    )
-    assert not trainer.sharing and "turns off the cache" in caplog.text
-    trainer.train()

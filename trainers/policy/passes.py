@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from trl import GRPOTrainer
 from trl.trainer.utils import pad
 
 from ...models.observation import Pass, backbone, last_mlp, observe
-from ..shared_prefix import shared_inputs
+from ..packing import pack
 from .record import MULTIMODAL_KEYS, RolloutRecord
 
 
@@ -66,9 +67,8 @@ def score_tokens(
         The scores, and the load-balancing loss if it was asked for.
     """
     multimodal_rows = any(multimodal.get(key) is not None for key in MULTIMODAL_KEYS)
-    plain = compute_aux_loss or multimodal_rows or "mlp_inputs" in needs
-    if not plain and trainer.shares(input_ids.shape[1]):
-        return _score_shared(trainer, model, input_ids, attention_mask, labels, batch_size), None
+    if not (compute_aux_loss or multimodal_rows) and trainer.shares(input_ids.shape[1]):
+        return _score_packed(trainer, model, input_ids, attention_mask, labels, batch_size, needs), None
     time = labels.shape[1]
     hidden = mlp = None
     with ExitStack() as observers:
@@ -138,46 +138,32 @@ def pad_rows(
     return ids, mask
 
 
-def _score_shared(trainer, model, input_ids, attention_mask, labels, batch_size=None) -> OldPass:
-    size = batch_size or input_ids.shape[0]
-    outputs = []
-    for start in range(0, input_ids.shape[0], size):
-        rows = slice(start, start + size)
-        inputs = rollout_inputs(input_ids[rows], attention_mask[rows], labels[rows], trainer.sharing.own_positions)
-        with trainer.accelerator.autocast():
-            outputs.append(model(**inputs))
-    time = labels.shape[1]
-
-    def collect(name=None):
-        parts = [output.scores[name] if name else output.hidden_states for output in outputs]
-        # Each chunk ends with its longest row
-        parts = [torch.cat([p, p.new_zeros(p.shape[0], time - p.shape[1], *p.shape[2:])], dim=1) for p in parts]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    return OldPass(collect("log_probs"), collect("entropy"), collect(), None)
-
-
-def rollout_inputs(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor, own_positions: bool = False
-) -> dict:
-    """
-    Shared inputs from TRL's layout of rollouts: prompts padded on the left, then completions padded on the right.
-
-    Positions are those of this layout, as in TRL.
-
-    Args:
-        input_ids, attention_mask (`torch.Tensor` of shape `(rows, prompt_length + time)`):
-            Prompts and completions.
-        labels (`torch.Tensor` of shape `(rows, time)`, bool):
-            Completion tokens to score.
-        own_positions (`bool`, *optional*, defaults to `False`):
-            As in [`~papertrl.trainers.shared_prefix.Sharing`].
-    """
-    start = input_ids.shape[1] - labels.shape[1]
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).unsqueeze(0)
-    parts = [
-        value[:, part]
-        for part in (slice(start), slice(start, None))
-        for value in (input_ids, attention_mask, positions)
-    ]
-    return shared_inputs(*parts, labels, own_positions)
+def _score_packed(trainer, model, input_ids, attention_mask, labels, batch_size, needs) -> OldPass:
+    size, start = batch_size or input_ids.shape[0], input_ids.shape[1] - labels.shape[1]
+    chunks = []
+    for first in range(0, input_ids.shape[0], size):
+        rows = slice(first, first + size)
+        mask = attention_mask[rows]
+        packing = pack(
+            input_ids[rows],
+            mask,
+            mask[:, :start].sum(1),
+            nn.functional.pad(labels[rows], (start, 0)),
+            trainer.sharing.count_padding,
+            whole="mlp_inputs" in needs,
+        )
+        mlp = None
+        with ExitStack() as observers:
+            observers.enter_context(trainer.accelerator.autocast())
+            if "mlp_inputs" in needs:
+                mlp = observers.enter_context(observe(last_mlp(trainer.model), Pass.OLD, inputs=True))
+            out = model(packing=packing)
+        chunks.append(
+            (
+                out.scores["log_probs"][:, start:],
+                out.scores["entropy"][:, start:],
+                out.states[packing.places[:, start - 1 : -1]] if "hidden_states" in needs else None,
+                mlp and mlp.hidden_states().squeeze(0)[packing.places],
+            )
+        )
+    return OldPass(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True)))
