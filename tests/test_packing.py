@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     Gemma2Config,
     Gemma3TextConfig,
@@ -239,6 +240,55 @@ def test_a_compiled_model_scores_packed_rows():
         ids, mask, width = rows(seed=seed)
         expected, found = (one(packing=packed(ids, mask, width)).scores["log_probs"] for one in (model, compiled))
         torch.testing.assert_close(found, expected)
+
+
+def ragged_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
+    max_length_q=None,
+    max_length_k=None,
+    **kwargs,
+):
+    """What flash attention says it does with ragged rows: queries are the last of their keys."""
+    assert attention_mask is None and query.shape[0] == 1
+    query_ends, key_ends = cu_seq_lens_q.tolist(), cu_seq_lens_k.tolist()
+    assert max_length_q == cu_seq_lens_q.diff().max() and max_length_k == cu_seq_lens_k.diff().max()
+    assert (query_ends[-1], key_ends[-1]) == (query.shape[2], key.shape[2])
+    out = []
+    for row in range(len(query_ends) - 1):
+        q = query[:, :, query_ends[row] : query_ends[row + 1]]
+        k, v = (states[:, :, key_ends[row] : key_ends[row + 1]].repeat_interleave(2, 1) for states in (key, value))
+        distance = torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None] - torch.arange(k.shape[2])
+        seen = (distance >= 0) & (distance < (sliding_window or 1000))
+        weights = (q @ k.transpose(2, 3) * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append((weights @ v).transpose(1, 2))
+    return torch.cat(out, 1), None
+
+
+def test_flash_attention_gets_ragged_rows(monkeypatch):
+    monkeypatch.setitem(AttentionInterface._global_mapping, "flash_attention_2", ragged_attention)
+    ids, mask, width = rows(time=60, common=35)
+    plain = make_model(MODELS["windows in every other layer"])
+    shared = copy.deepcopy(plain)
+    shared.config._attn_implementation = "flash_attention_2"
+    assert why_not_shared(shared) is None
+    add_packed_forward(shared)
+    scored = nn.functional.pad(mask[:, width:].bool(), (width, 0))
+    expected, found = plain_scores(plain, ids, mask), shared(packing=packed(ids, mask, width)).scores
+    torch.testing.assert_close(found["log_probs"][scored], expected["log_probs"][scored])
+    for one, scores in ((plain, expected), (shared, found)):
+        scores["log_probs"][scored].sum().backward()
+        assert one.model.layers[0].self_attn.k_proj.weight.grad.abs().sum() > 0
+    torch.testing.assert_close(
+        shared.model.layers[0].self_attn.k_proj.weight.grad, plain.model.layers[0].self_attn.k_proj.weight.grad
+    )
 
 
 # --- Which models ----------------------------------------------------------------------------------------------------

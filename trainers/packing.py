@@ -8,12 +8,14 @@ token once and no padding. There is no cache, so that gradient checkpointing and
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.utils.generic import is_flash_attention_requested
 
 # Pairs of a query and a key that a further attention call has to save
 _CALL_COST = 1 << 15
@@ -70,6 +72,8 @@ class Packing:
             What attends to what.
         order (`torch.Tensor` of shape `(tokens,)`):
             Where the concatenated outputs of `calls` have each token.
+        stretches (`list[Stretch]`):
+            What the sequence is made of, in its order.
     """
 
     input_ids: Tensor
@@ -80,6 +84,7 @@ class Packing:
     scored: Tensor
     calls: list["AttentionCall"]
     order: Tensor
+    stretches: list[Stretch]
 
     def attend(
         self,
@@ -94,11 +99,18 @@ class Packing:
     ) -> tuple[Tensor, None]:
         tokens = [states.transpose(1, 2).flatten(2).squeeze(0) for states in (query, key, value)]
         widths = [states.shape[-1] for states in (query, key, value)]
+        if is_flash_attention_requested(module.config):
+            keys, lengths = self._ragged
+            parts = [
+                states.index_select(0, keys).view(1, len(keys), -1, width).transpose(1, 2)
+                for states, width in zip(tokens[1:], widths[1:], strict=True)
+            ]
+            return attention(module, query, *parts, None, sliding_window=sliding_window, **lengths, **kwargs)
         kind = module.config._attn_implementation
         outputs = []
         for call in self.calls:
             parts = [
-                states[index].view(call.rows, -1, states.shape[-1] // width, width).transpose(1, 2)
+                states.index_select(0, index).view(call.rows, -1, states.shape[-1] // width, width).transpose(1, 2)
                 for states, width, index in zip(tokens, widths, (call.queries, call.keys, call.keys), strict=True)
             ]
             mask = call.mask(sliding_window, kind == "sdpa")
@@ -108,7 +120,18 @@ class Packing:
                 )
             outputs.append(attention(module, *parts, mask, sliding_window=sliding_window, **kwargs)[0])
         flat = torch.cat([output.flatten(0, 1).flatten(1) for output in outputs])
-        return flat[self.order].view(1, len(self.order), query.shape[1], -1), None
+        return flat.index_select(0, self.order).view(1, len(self.order), query.shape[1], -1), None
+
+    @cached_property
+    def _ragged(self) -> tuple[Tensor, dict[str, Any]]:
+        """Keys of all stretches without padding, and what kernels for ragged rows want to know of both sides."""
+        device = self.order.device
+        keys = np.concatenate([part.places() for s in self.stretches for part in (*s.before, s)])
+        ends: dict[str, Any] = {}
+        for side, lengths in (("q", [len(s) for s in self.stretches]), ("k", [s.end for s in self.stretches])):
+            ends[f"cu_seq_lens_{side}"] = _tensor(np.cumsum([0, *lengths]), device).int()
+            ends[f"max_length_{side}"] = max(lengths)
+        return _tensor(keys, device), ends
 
 
 @dataclass
@@ -221,6 +244,7 @@ def pack(
         scored=_tensor(found[:, :-1][scored[:, 1:]], device),
         calls=calls,
         order=order,
+        stretches=stretches,
     )
 
 

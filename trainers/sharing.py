@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.utils.generic import is_flash_attention_requested
 
 from ..models.attention import accept_layouts
 from ..models.observation import causal_lm
@@ -23,7 +24,6 @@ logger = get_logger(__name__)
 
 # Tokens of the longest row on which sharing is tried out, and of the longest prompt among them
 _LENGTH, _PROMPT = 12, 6
-_IMPLEMENTATIONS = ("sdpa", "eager")
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,9 @@ def find_sharing(model: nn.Module, left_padded: bool) -> Sharing | str:
     modes = [(module, module.training) for module in lm.modules()]
     lm.eval()
     try:
-        with _gathered(lm):
+        # Kernels of flash attention know half precision alone
+        half = torch.autocast(lm.device.type, torch.bfloat16, enabled=is_flash_attention_requested(lm.config))
+        with _gathered(lm), half:
             for count_padding in (True, False) if left_padded else (True,):
                 deviation, windows = _try_out(lm, left_padded, count_padding)
                 if windows != _windows(lm):
@@ -101,8 +103,9 @@ def why_not_shared(model: nn.Module) -> str | None:
     kinds = {type(layer).__name__ for layer in DynamicCache(config=base.config).layers}
     if unknown := kinds - {DynamicLayer.__name__, DynamicSlidingWindowLayer.__name__}:
         return f"it has layers whose state is kept in {sorted(unknown)}, and only attention is supported"
-    if base.config._attn_implementation not in _IMPLEMENTATIONS:
-        return f"its attention implementation is {base.config._attn_implementation!r}, not one of {_IMPLEMENTATIONS}"
+    kind = base.config._attn_implementation
+    if kind not in ("sdpa", "eager") and not is_flash_attention_requested(base.config):
+        return f"its attention implementation is {kind!r}, not 'sdpa', 'eager' or flash attention"
     return None
 
 
@@ -216,6 +219,6 @@ def _tolerance(model: PreTrainedModel) -> float:
     """How much rounding may make of it."""
     kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
     coarsest = max([*(torch.finfo(kind).eps for kind in kinds), torch.finfo(torch.float32).eps])
-    if getattr(model, "is_quantized", False):
+    if getattr(model, "is_quantized", False) or is_flash_attention_requested(model.config):
         coarsest = max(coarsest, torch.finfo(torch.bfloat16).eps)
     return max(1e-4, 8 * coarsest)
