@@ -281,7 +281,7 @@ def make_trainer(models: Path, folder: Path, run: Run, engine: str | None, world
     if engine or run.methods:
         parent = compose(*map(load_trainer, run.methods)) if run.methods else load(FAMILIES[run.family].plain)
         config_class = parent.config_class
-        values |= active(run.methods, parent) | run.ours | engine_settings(engine)
+        values |= active(run.methods, parent) | engine_settings(engine) | run.ours
     args = config_class(**values)
     trainer_class = type(parent.__name__, (*mixins, Recorded, parent), {})
     # Every rank draws the adapter for itself
@@ -374,12 +374,14 @@ class Keeper(TrainerCallback):
         self.weights = weights(self.trainer)
 
 
-def make_resumed(models: Path, folder: Path, engine: str, world: int, **values) -> None:
+def make_resumed(models: Path, folder: Path, engine: str, world: int, **ours) -> None:
     """A run that goes on from its third step, in the middle of a generation batch, and one that is not interrupted."""
-    run = Run("policy", {"max_steps": 4, "num_iterations": 4, "save_strategy": "steps", "save_steps": 3} | values)
+    saving = {"max_steps": 4, "num_iterations": 4, "save_strategy": "steps", "save_steps": 3}
+    run = Run("policy", saving, ours)
     for name, checkpoint in (("whole", None), ("resumed", str(folder / "whole" / "checkpoint-3"))):
         trainer = make_trainer(models, folder / name, run, engine, world)
         trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.save_model(str(folder / f"{name}_saved"))
         found = {"history": history(trainer), "weights": weights(trainer), "state": trainer.method_state()}
         save(trainer, found, folder / f"{name}.pt")
 
@@ -398,9 +400,12 @@ def main(models: Path, folder: Path, launches: list[str]) -> None:
         engine, labels = LAUNCHES[launch]
         for label in labels:
             make_run(models, folder / launch, label, engine, world)
-        if not launch.endswith("rare"):
-            make_broken(models, folder / launch, engine, world)
+        if launch == "fsdp2_rare":
+            sharded_checkpoints = {"fsdp_config": {"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}}
+            make_resumed(models, folder / launch, engine, world, **sharded_checkpoints)
+            continue
         make_resumed(models, folder / launch, engine, world)
+        make_broken(models, folder / launch, engine, world)
     # While a wrapped model is alive, ending the process group can block for ever
     gc.collect()
     PartialState().destroy_process_group()

@@ -188,5 +188,9 @@ def test_a_resumed_run_ends_as_one_that_is_not_interrupted(launch, sharded):
     last, theirs = ({**run["history"][-2]} for run in (found, expected))
     assert last["step"] == theirs["step"] == 4
     assert last == theirs
+    saved = AutoModelForCausalLM.from_pretrained(sharded / "resumed_saved")
     for name, weight in expected["weights"].items():
         assert torch.equal(weight, found["weights"][name]), name
+        assert torch.equal(weight, saved.get_parameter(name)), name
+    if launch == "fsdp2_rare":
+        assert (sharded / "whole" / "checkpoint-3" / "pytorch_model_fsdp_0").is_dir()
