@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from papertrl.core.compose import compose
 from papertrl.trainers.policy.base import PolicyConfig, PolicyTrainer
 from papertrl.trainers.policy.batching import MicroBatches
-from papertrl.trainers.policy.budget import PassTokens, TokenBudget
+from papertrl.trainers.policy.budget import PassTokens, TokenBudget, take_passes
+from papertrl.trainers.policy.record import RolloutRecord
 
 from ..harness.resuming import SAVING, assert_resumes
 from ..harness.table import active_config, build, dataset, digit_parity, history, reward_of, settings, weights
@@ -157,7 +158,7 @@ def test_no_pass_computes_more_than_the_budget_but_a_row_that_is_longer(share, p
 def test_an_update_is_the_same_whatever_the_budget(names, values, policy_path, tmp_path):
     trainer_class = compose(*names)
     logs, found = [], []
-    for limit in (1, 30, 10_000):
+    for limit in (12, 10_000):
         args = active_config(
             trainer_class, [name for name in names if name != "grpo"], tmp_path,
             **{"max_steps": 1, "optim": "sgd", "learning_rate": 0.1} | values, max_tokens_per_micro_batch=limit,
@@ -167,34 +168,63 @@ def test_an_update_is_the_same_whatever_the_budget(names, values, policy_path, t
         logs.append([entry for entry in history(trainer) if "loss" in entry])
         found.append(weights(trainer))
     before = weights(make(policy_path, tmp_path))
-    moved = max((found[-1][name] - value).abs().max() for name, value in before.items())
+    moved = max((found[1][name] - value).abs().max() for name, value in before.items())
     assert moved > 1e-4
-    for other in found[:2]:
-        for name, value in found[-1].items():
-            assert (other[name] - value).abs().max() <= 2e-5 * moved + 1e-8, name
+    for name, value in found[1].items():
+        assert (found[0][name] - value).abs().max() <= 2e-5 * moved + 1e-8, name
     # Means are over an optimizer step; extremes, and what methods count, of a pass
-    for other in logs[:2]:
-        for entry, expected in zip(other, logs[-1], strict=True):
-            for name in ("loss", "grad_norm", "entropy", "clip_ratio/region_mean", "kl", "hapo/h_mean"):
-                assert entry.get(name, 0.0) == pytest.approx(expected.get(name, 0.0), rel=1e-4, abs=1e-6), name
+    for entry, expected in zip(*logs, strict=True):
+        for name in ("loss", "grad_norm", "entropy", "clip_ratio/region_mean", "kl", "hapo/h_mean"):
+            assert entry.get(name, 0.0) == pytest.approx(expected.get(name, 0.0), rel=1e-4, abs=1e-6), name
 
 
-def test_stages_see_every_pass_and_one_gradient_that_is_whole(policy_path, tmp_path):
-    args = PolicyConfig(**settings("policy", tmp_path, max_tokens_per_micro_batch=20, skip_zero_rows=False))
-    whole = []
+def test_a_row_that_stands_in_has_no_effect(policy_path, tmp_path):
+    trainer = make(policy_path, tmp_path, max_tokens_per_micro_batch=30, beta=0.1, num_iterations=2)
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = 2
+    trainer._prepare_inputs([row for i in (1, 2) for row in [trainer.train_dataset[i]] * 4])
+    record = RolloutRecord.from_batch(trainer._buffered_inputs[0])
+    # Away from the reference, so that the divergence has a gradient
+    trainer.model.get_output_embeddings().weight.data *= 1.5
+    norms = []
+    for passes in ([[0]], [[]]):
+        trainer.model.zero_grad()
+        loss = trainer.compute_loss(trainer.model, take_passes(record, passes, spare=0).as_batch())
+        loss.backward()
+        norms.append([loss.abs().item(), *(p.grad.abs().sum().item() for p in trainer.model.parameters())])
+    assert min(norms[0]) > 0 and max(norms[1]) == 0
+    assert all(value == value for values in trainer._metrics["train"].values() for value in map(float, values))
 
-    def after_backward(trainer, default):
+
+def test_every_pass_ends_in_a_stage_and_the_last_one_in_a_whole_gradient(policy_path, tmp_path):
+    whole, updates = [], []
+
+    def after_backward(trainer):
         whole.append(trainer.accelerator.sync_gradients)
 
+    def before_update(trainer, grad_norm):
+        updates.append(len(whole))
+
     trainer = PolicyTrainer(
-        policy_path, digit_parity, args, train_dataset=dataset("policy"), stages={"after_backward": after_backward}
+        policy_path,
+        digit_parity,
+        PolicyConfig(**settings("policy", tmp_path, max_tokens_per_micro_batch=20, skip_zero_rows=False)),
+        train_dataset=dataset("policy"),
+        eval_dataset=dataset("policy").select(range(2)),
+        stages={"after_backward": after_backward, "before_update": before_update},
     )
     trainer._generate_single_turn = long_winded
-    passes = []
-    trainer._get_grad_norm, kept = lambda *a, **k: passes.append(len(whole)) or kept(*a, **k), trainer._get_grad_norm
     trainer.train()
-    assert trainer.state.global_step == len(passes) == 3
-    assert [i + 1 for i, last in enumerate(whole) if last] == passes and passes[0] > 3
+    assert len(updates) == 3 and updates[0] > 3
+    assert [i + 1 for i, last in enumerate(whole) if last] == updates
+    # An evaluation is no update
+    assert trainer.evaluate()["eval_entropy"] > 0 and len(whole) == updates[-1]
+
+
+def test_who_compares_micro_batches_is_told(policy_path, tmp_path, caplog):
+    args = active_config(compose("oblr_po"), ["oblr_po"], tmp_path, max_tokens_per_micro_batch=30, max_steps=1)
+    build(compose("oblr_po"), "policy", policy_path, args).train()
+    assert "is biased: `max_tokens_per_micro_batch` puts long rows together" in caplog.text
 
 
 def test_a_run_is_resumed_within_a_generation_to_the_bit(policy_path, tmp_path):
