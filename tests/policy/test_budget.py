@@ -193,6 +193,8 @@ def test_a_row_that_stands_in_has_no_effect(policy_path, tmp_path):
         loss.backward()
         norms.append([loss.abs().item(), *(p.grad.abs().sum().item() for p in trainer.model.parameters())])
     assert min(norms[0]) > 0 and max(norms[1]) == 0
+    stand_in = take_passes(record, [[0], []], spare=0).passes()[1]
+    assert not stand_in.loss_mask.any() and not stand_in.row_weight.any()
     assert all(value == value for values in trainer._metrics["train"].values() for value in map(float, values))
 
 
