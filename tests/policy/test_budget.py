@@ -99,13 +99,19 @@ def long_winded(prompt_ids, *args, **kwargs):
 
 
 def tokens_of_passes(trainer):
-    """A list that gets, for each pass of an update, how many tokens the model is given, with padding and without."""
-    seen = []
+    """
+    Two lists of how many tokens the model is given, with padding and without: of each pass of an update, and of each
+    call without gradient.
+    """
+    seen, unseen = [], []
 
     def embed(module, inputs):
+        padded, given = inputs[0].numel(), int((inputs[0] >= 4).sum())
         if torch.is_grad_enabled():
-            seen[-1][0] += inputs[0].numel()
-            seen[-1][1] += int((inputs[0] >= 4).sum())
+            seen[-1][0] += padded
+            seen[-1][1] += given
+        elif trainer.model.training:
+            unseen.append((padded, given))
 
     statistics = trainer.policy_statistics
 
@@ -115,7 +121,7 @@ def tokens_of_passes(trainer):
 
     trainer.policy_statistics = policy_statistics
     trainer.model.get_input_embeddings().register_forward_pre_hook(embed)
-    return seen
+    return seen, unseen
 
 
 @pytest.mark.parametrize("share", [True, False], ids=["shared", "plain"])
@@ -127,16 +133,17 @@ def test_no_pass_computes_more_than_the_budget_but_a_row_that_is_longer(share, p
             gradient_accumulation_steps=1,
         )  # fmt: skip
         trainer._generate_single_turn = long_winded
-        seen = tokens_of_passes(trainer)
+        counted = tokens_of_passes(trainer)
         trainer.train()
         # Padding does not count where prompts are shared
-        return sorted(given if share else padded for padded, given in seen)
+        return [sorted(given if share else padded for padded, given in part) for part in counted]
 
-    *_, whole = run(None)
-    passes = run(48)
+    (*_, whole), (*_, rollouts) = run(None)
+    passes, parts = run(48)
+    assert rollouts > 100 and len(parts) > 4 and parts[-1] <= 48
     assert whole > 150 and len(passes) > 8 and passes[-1] <= 48
     assert "is longer than" not in caplog.text
-    passes = run(20)
+    passes, _ = run(20)
     # The long row, in both updates
     assert passes[-3] <= 20 and min(passes[-2:]) > 40
     assert caplog.text.count("is longer than `max_tokens_per_micro_batch`=20") == 1

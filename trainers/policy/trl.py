@@ -179,10 +179,10 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
         self, model, input_ids, attention_mask, logits_to_keep, batch_size=None, compute_entropy=False, **kwargs
     ):
         batch, needs = self.generation, frozenset()
-        if batch_size is not None and self.budget is not None and self.model.training:
-            batch_size = self.rows_at_a_time(input_ids.shape[1])
         if batch is not None and batch.awaits_old_pass:
             input_ids, attention_mask, needs = batch.enter_pass(input_ids, attention_mask, logits_to_keep)
+        if batch_size is not None and self.budget is not None and self.model.training:
+            batch_size = self.rows_at_a_time(input_ids.shape[1])
         scores, aux_loss = score_tokens(
             self,
             model,
@@ -234,13 +234,13 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
         micro-batches that are not the last.
         """
         state = self.accelerator.gradient_state
-        sharded = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         # The loss is scaled for accumulation already
-        options = {"scale_wrt_gas": False} if sharded else {}
+        options = {"scale_wrt_gas": False} if deepspeed else {}
         if not state.sync_gradients:
             yield options
             return
-        synced = sharded or state.plugin_kwargs.get("sync_each_batch", False)
+        synced = deepspeed or state.plugin_kwargs.get("sync_each_batch", False)
         state._set_sync_gradients(False)
         try:
             with nullcontext() if synced else self.accelerator.no_sync(model):
