@@ -458,6 +458,8 @@ def measure_axes(
     """
     model, axes = None, {}
     for axis in args.axes:
+        # What the last trainers held
+        gc.collect()
         pairs = []
         if budget.spent:
             budget.start_job()
