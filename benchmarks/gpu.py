@@ -82,7 +82,8 @@ def scaled(work, what: str, scale: float, bf16: bool):
     else:
         median, sigma, most = work.completion
         completion = (scale * median, sigma, round(scale * most))
-    title = f"{what}prompts of {shortest}-{longest} tokens, completions up to {completion[-1]}"
+    prompts = f"{shortest}-{longest}" if shortest < longest else f"{longest}"
+    title = f"{what}prompts of {prompts} tokens, completions up to {completion[-1]}"
     return dataclasses.replace(work, title=title, prompt=(shortest, longest), completion=completion, bf16=bf16)
 
 

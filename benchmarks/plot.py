@@ -49,10 +49,10 @@ def verdict(met: bool) -> str:
 def step_table(files: dict[str, dict], axis: str, judged: bool) -> str:
     """Times, then memory and gradients; `judged` with targets."""
     columns = ["workload", "phase", "TRL, s", "papertrl, s", "limit, s", "TRL / papertrl", *["target"] * judged]
-    lines = [row(columns), row(["---"] * len(columns))]
+    lines = header(columns)
     more = ["workload", "peak memory, TRL, MiB", "papertrl, MiB", "share", "largest gradient difference"]
     more += ["tokens/s, TRL", "papertrl", "cores used by others"]
-    others = ["", row(more), row(["---"] * len(more))]
+    others = ["", *header(more)]
     for name, (label, summary, machine) in axis_files(files, axis).items():
         letter = name.split("_")[1][0]
         for phase in ("step", *(p for p in PHASES if p in summary["ratio"])):
@@ -76,6 +76,10 @@ def step_table(files: dict[str, dict], axis: str, judged: bool) -> str:
     return "\n".join(lines + others)
 
 
+def header(columns: list[str]) -> list[str]:
+    return [row(columns), "|" + "---|" * len(columns)]
+
+
 def row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
@@ -84,7 +88,7 @@ def front_table(files: dict[str, dict]) -> str:
     """The few columns that the front page shows."""
     columns = ["one optimizer step, TRL's defaults", "TRL", "papertrl", "faster"]
     columns += ["peak memory, TRL", "papertrl", "faster without gradient checkpointing"]
-    lines = [row(columns), row(["---"] * len(columns))]
+    lines = header(columns)
     off = axis_files(files, "off")
     for name, (label, summary, _) in axis_files(files, "defaults").items():
         times = [f"{summary[side]['step']['median']:.2f} s" for side in SIDES]
@@ -98,7 +102,7 @@ def front_table(files: dict[str, dict]) -> str:
 def scaling_table(found: dict) -> str:
     columns = ["grows with", "sizes", "slope, TRL", "slope, papertrl", "slope of the needed positions"]
     columns.append(f"at most {SLOPE_MARGIN} above it")
-    lines = [row(columns), row(["---"] * len(columns))]
+    lines = header(columns)
     for name, result in found.items():
         slopes = result["slopes"]
         cells = [f"{slopes[key]:.2f}" for key in (*SIDES, "ideal")]
@@ -185,6 +189,7 @@ def main() -> None:
     extra = {name: load(name) if (RESULTS / f"{name}.json").exists() else None for name in ("scaling", "methods")}
     scaling = extra["scaling"]["results"]["axes"] if extra["scaling"] else {}
     gpu = {path.stem: load(path.stem) for path in sorted(RESULTS.glob("gpu_*.json"))}
+    gpu = {name: file for name, file in gpu.items() if file["results"]["model"] != "small"}
     plot(files, scaling)
     parts = [origin(next(iter(files.values())))]
     for axis, name in AXIS_NAMES.items():
