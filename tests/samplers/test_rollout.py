@@ -204,7 +204,6 @@ def test_rows_are_what_a_loop_without_cache_or_company_gives(data):
     prompts = data.draw(st.lists(prompt, min_size=1, max_size=4))
     counts = data.draw(st.lists(st.integers(0, 3), min_size=len(prompts), max_size=len(prompts)))
     eos = data.draw(st.sets(st.integers(1, VOCAB - 1), min_size=1, max_size=16))
-    compact_at = data.draw(st.sampled_from([0.0, 0.125, 0.5, 2.0]))
     expected = []
     for prompt, count in zip(prompts, counts, strict=True):
         completion = []
@@ -212,23 +211,16 @@ def test_rows_are_what_a_loop_without_cache_or_company_gives(data):
             completion.append(int(next_logits(model, prompt + completion).argmax()))
         expected += [completion] * count
     config = make_config(max_new_tokens=6, eos_token_id=sorted(eos))
-    rollouts = sample_rollouts(model, prompts, counts, config, compact_at=compact_at)
+    rollouts = sample_rollouts(model, prompts, counts, config)
     assert rollouts.completion_ids == expected
 
 
 def test_finished_rows_leave_the_batch(model):
-    counts = [2] * len(PROMPTS)
-    config = make_config(max_new_tokens=20)
-    kept = sample_rollouts(model, PROMPTS, counts, config, compact_at=2.0)
-    left = sample_rollouts(model, PROMPTS, counts, config, compact_at=0.0)
-    some = sample_rollouts(model, PROMPTS, counts, config)
-    lengths = [len(row) for row in kept.completion_ids]
-    assert left.completion_ids == kept.completion_ids == some.completion_ids
-    np.testing.assert_allclose(np.concatenate(left.logprobs), np.concatenate(kept.logprobs), atol=1e-5)
+    rollouts = sample_rollouts(model, PROMPTS, [2] * len(PROMPTS), make_config(max_new_tokens=20))
+    lengths = [len(row) for row in rollouts.completion_ids]
+    assert len(set(lengths)) > 2
     # The last token of a row is never forwarded
-    assert left.decode_row_steps == sum(length - 1 for length in lengths)
-    assert kept.decode_row_steps == len(lengths) * (max(lengths) - 1)
-    assert left.decode_row_steps <= some.decode_row_steps < kept.decode_row_steps
+    assert rollouts.decode_row_steps == sum(length - 1 for length in lengths)
 
 
 def test_company_does_not_change_a_row(any_model):
