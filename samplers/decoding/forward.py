@@ -1,11 +1,11 @@
 """A model that reads prompts, then one token per row at a time, with a cache whose rows may leave."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from weakref import WeakKeyDictionary
 
 import torch
-from accelerate.logging import get_logger
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -13,7 +13,7 @@ from ...models.attention import accept_layouts
 from .cache import RowCache
 from .layout import PromptLayout
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
 
 # Whether prompts are shared, by model and its implementation of attention
 _SHARES: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()

@@ -110,9 +110,11 @@ class PromptLayout:
         if queries != 1 or key.shape[1] != shared or (mask is not None and mask.shape[1:] != (1, 1, width + own)):
             raise NotImplementedError(f"queries, keys and mask of shapes {query.shape, key.shape, mask}")
         query = query.reshape(rows, shared, groups, size) * (size**-0.5 if scaling is None else scaling)
-        to_prompt = torch.bmm(self._by_prompt(query), prompt_keys.flatten(0, 1).transpose(1, 2))
-        to_own = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2))
-        scores = torch.cat([self._by_row(to_prompt, groups), to_own.view(rows, shared, groups, own)], dim=-1)
+        scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(rows, shared, groups, own)
+        # A window may have left the prompt behind
+        if width:
+            to_prompt = torch.bmm(self._by_prompt(query), prompt_keys.flatten(0, 1).transpose(1, 2))
+            scores = torch.cat([self._by_row(to_prompt, groups), scores], dim=-1)
         if mask is not None:
             scores = scores.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         shares = nn.functional.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)

@@ -1,6 +1,8 @@
 """Group rollouts on the transformers backend: one prefill per prompt, and finished rows leave the decoding batch."""
 
+import functools
 import inspect
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +23,10 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from ...models.positions import length_limit
 from .cache import unknown_layers
 from .forward import RowForward, forward_arguments, shares_prompts
+from .packing import packed_weights
 from .processors import RowProcessor
+
+logger = logging.getLogger(__name__)
 
 # A model that has its own version of one of these generates in a way that the loop below does not know. Taken on
 # import, so that what is put in their place later is found out too
@@ -114,6 +119,12 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
     if sharded and distributed and torch.distributed.get_world_size() > 1:
         return "the model is sharded, so that every rank must take the same number of decoding steps"
     return _config_reason(model._prepare_generation_config(generation_config)[0])
+
+
+@functools.cache
+def warn_of_generate(reason: str) -> None:
+    """Say, once for each `reason` that [`supported`] gave, that `generate` samples instead."""
+    logger.warning(f"Completions are sampled by `generate`: {reason}.")
 
 
 def _peft_reason(model: PeftModel) -> str | None:
@@ -227,7 +238,7 @@ def sample_rollouts(
 
     process = build_processors()
     row_steps = 0
-    with model._optimize_model_for_decode():
+    with model._optimize_model_for_decode(), packed_weights(model):
         for end in range(width, config.max_length):
             batch.append(process(batch.sequences[:, :end], logits), end, config)
             batch.done |= criteria(batch.sequences[:, : end + 1], None)
