@@ -29,7 +29,7 @@ START = {"error_share": 0.6, "steps": 1600}
 PAIRS, HELD_OUT = 2000, 256
 LORA = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
 SETTINGS = {
-    **harness.COMMON,
+    **harness.settings("off"),
     "per_device_train_batch_size": 64,
     "max_steps": 60,
     "learning_rate": 1e-3,

@@ -15,6 +15,7 @@ import harness
 import torch
 from datasets import Dataset
 from dpo_step import preference_data
+from transformers import PreTrainedModel
 
 from papertrl.core.catalogue import METHODS, load_trainer
 
@@ -41,7 +42,7 @@ class Workload:
 
     data: Callable[[], Dataset]
     settings: Mapping[str, Any]
-    arguments: Callable[[harness.BenchModel], dict[str, Any]] = lambda model: {}
+    arguments: Callable[[PreTrainedModel], dict[str, Any]] = lambda model: {}
     timed: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -64,17 +65,11 @@ WORKLOADS = {
 }
 
 
-def save_plain(model: harness.BenchModel, folder: str) -> None:
-    """Save the model as the class that transformers knows."""
-    model.save_pretrained(folder)
-    config = copy.deepcopy(model.config)
-    config.architectures = ["LlamaForCausalLM"]
-    config.save_pretrained(folder)
-
-
 def make(work: Workload, trainer_class, settings: dict, model, tokenizer, reference: str) -> harness.Stepper:
     config = trainer_class.config_class(
-        output_dir=f"{reference}/run", per_device_train_batch_size=8, **(harness.COMMON | {**work.settings} | settings)
+        output_dir=f"{reference}/run",
+        per_device_train_batch_size=8,
+        **(harness.settings("off") | {**work.settings} | settings),
     )
     policy = copy.deepcopy(model)
     # A method with a KL penalty loads its reference from where the model says it is from
@@ -102,15 +97,15 @@ def measure(stepper: harness.Stepper, number: int) -> float:
 
 
 def main() -> None:
-    args = harness.arguments(__doc__).parse_args()
+    args = harness.arguments(__doc__, pairs=3).parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = harness.random_model()
-    model.length_law = LAW
+    model, tokenizer = harness.random_model(harness.MODELS["llama"])
+    harness.impose_lengths(model, *LAW)
     results = {"methods": {}}
     for plain, work in WORKLOADS.items():
         base = load_trainer(plain)
         with tempfile.TemporaryDirectory() as folder:
-            save_plain(model, folder)
+            model.save_pretrained(folder)
             neutral = make(work, base, {}, model, tokenizer, folder)
             for name in (name for name, family in METHODS.items() if family == base.family.name):
                 method = make(work, load_trainer(name), SETTINGS.get(name, {}), model, tokenizer, folder)

@@ -408,6 +408,8 @@ def refuses_strangers(case, request, tmp_path):
 def test_resume_inside_a_generation_batch(name, request, tmp_path):
     run = {"max_steps": 4, "save_strategy": "steps", "save_steps": 3, "num_train_epochs": 2}
     run |= {"steps_per_generation": 4, "num_iterations": 2}
+    if name in ("dler", "hapo", "hpt_upge", "lp_reg"):
+        run["max_tokens_per_micro_batch"] = 30
     model = model_path("policy", request)
     whole = trained(load(name), [name], model, tmp_path, **run)
     assert_resumes(whole, load(name), [name], model, tmp_path, 3, run)

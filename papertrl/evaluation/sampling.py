@@ -13,7 +13,7 @@ from trl.trainer.utils import selective_log_softmax
 
 from ..core.errors import JobError
 from ..models.tokenization import end_tokens
-from ..samplers.decoding.rollout import sample_rollouts, supported
+from ..samplers.decoding.rollout import sample_rollouts, supported, warn_of_generate
 from ..samplers.decoding.stopping import StopStrings
 from .models import Loaded
 
@@ -199,11 +199,12 @@ def generate(
         config ([`~transformers.GenerationConfig`]):
             From [`answer_config`].
     """
-    if supported(model, config) is None:
+    if (reason := supported(model, config)) is None:
         groups = [(ids, len(list(same))) for ids, same in groupby(prompt_ids)]
         return sample_rollouts(
             model, *map(list, zip(*groups, strict=True)), config, tokenizer=tokenizer
         ).completion_ids
+    warn_of_generate(reason)
     stops = config.stop_strings or model.generation_config.stop_strings
     told = {"tokenizer": tokenizer} if stops else {}
     width = max(map(len, prompt_ids))

@@ -1,7 +1,8 @@
 """Group rollouts on the transformers backend: one prefill per prompt, and finished rows leave the decoding batch."""
 
+import functools
 import inspect
-from collections.abc import Mapping
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -9,21 +10,23 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.cache_utils import DynamicLayer
 from transformers.generation import GenerationMode, StoppingCriteriaList
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ...models.positions import length_limit
-from .cache import GrowingLayer
+from .cache import unknown_layers
+from .forward import RowForward, forward_arguments, shares_prompts
+from .packing import packed_weights
 from .processors import RowProcessor
+
+logger = logging.getLogger(__name__)
 
 # A model that has its own version of one of these generates in a way that the loop below does not know. Taken on
 # import, so that what is put in their place later is found out too
@@ -100,15 +103,13 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
         return f"`{name}` is an encoder-decoder"
     if model.is_remote_code():
         return f"`{name}` is remote code"
-    if "past_key_values" not in _forward_arguments(model) or not model._supports_default_dynamic_cache():
+    if "past_key_values" not in forward_arguments(model) or not model._supports_default_dynamic_cache():
         return f"the forward of `{name}` takes no `past_key_values`"
     for method, standard in _STANDARD.items():
         if inspect.getattr_static(model, method) is not standard:
             return f"`{name}` has its own `{method}`"
-    layers = DynamicCache(config=model.config).layers
-    unusual = sorted({type(layer).__name__ for layer in layers if type(layer) is not DynamicLayer})
-    if unusual or not layers:
-        return f"the cache of `{name}` has layers of type {', '.join(unusual) or 'unknown'}"
+    if unusual := unknown_layers(model.config):
+        return f"the cache of `{name}` has layers of type {', '.join(unusual)}"
     if length_limit(model) is not None:
         return f"the rotary positions of `{name}` change with the length of the longest row, and rows leave"
     if model.is_activation_checkpointing and model.training:
@@ -118,6 +119,12 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
     if sharded and distributed and torch.distributed.get_world_size() > 1:
         return "the model is sharded, so that every rank must take the same number of decoding steps"
     return _config_reason(model._prepare_generation_config(generation_config)[0])
+
+
+@functools.cache
+def warn_of_generate(reason: str) -> None:
+    """Say, once for each `reason` that [`supported`] gave, that `generate` samples instead."""
+    logger.warning(f"Completions are sampled by `generate`: {reason}.")
 
 
 def _peft_reason(model: PeftModel) -> str | None:
@@ -145,10 +152,6 @@ def _config_reason(config: GenerationConfig) -> str | None:
     return None
 
 
-def _forward_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
-    return inspect.signature(model.forward).parameters
-
-
 @torch.no_grad()
 def sample_rollouts(
     model: torch.nn.Module,
@@ -158,15 +161,14 @@ def sample_rollouts(
     *,
     processors: LogitsProcessorList | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    compact_at: float = 0.125,
 ) -> Rollouts:
     """
     Sample several completions of each prompt, by the law of `model.generate`.
 
-    Each prompt goes through the model once; its keys and values are then copied to all of its rows. A row leaves the
-    decoding batch some steps after it has finished, when enough have to pay for the copy. Scores are processed, and
-    rows stopped, by the very processors and criteria that `generate` builds from the config. The law is the same; the
-    random numbers are not: a seed fixes the tokens, to others than it would with `generate`.
+    Each prompt goes through the model once, and its rows share its keys and values where [`~.forward.shares_prompts`]
+    finds that they can; else each has a copy. A row leaves the decoding batch when it has finished. Scores are
+    processed, and rows stopped, by the very processors and criteria that `generate` builds from the config. The law
+    is the same; the random numbers are not: a seed fixes the tokens, to others than it would with `generate`.
 
     Where dropout is active, the completions of one prompt see it processed with the same dropout noise; each on its
     own still follows the law of `generate`.
@@ -185,8 +187,6 @@ def sample_rollouts(
             must treat a row by its tokens and scores alone, or be a [`~.processors.RowProcessor`].
         tokenizer ([`~transformers.PreTrainedTokenizerBase`], *optional*):
             Needed for `stop_strings`.
-        compact_at (`float`, *optional*, defaults to `0.125`):
-            Fraction of the decoding batch that has finished at which finished rows leave; above 1, none ever do.
 
     Returns:
         [`Rollouts`]: `sum(counts)` rows, all completions of the first prompt, then all of the second, and so on.
@@ -198,8 +198,10 @@ def sample_rollouts(
         raise ValueError(f"`counts` must be one number >= 0 per prompt ({len(prompt_ids)} of them), got {counts!r}.")
     if not all(prompt_ids):
         raise ValueError("Every prompt in `prompt_ids` must have at least one token, got an empty one.")
-    if sum(counts) == 0:
+    wanted = [(ids, count) for ids, count in zip(prompt_ids, counts, strict=True) if count]
+    if not wanted:
         return Rollouts([], [], 0, 0)
+    prompt_ids, counts = map(list, zip(*wanted, strict=True))
     if isinstance(model, PeftModel):
         # Adapters are inside of it: what `PeftModel.generate` calls as well
         model = model.get_base_model()
@@ -211,14 +213,15 @@ def sample_rollouts(
     _set_lengths(model, config, generation_config, prompts)
     criteria = model._get_stopping_criteria(config, StoppingCriteriaList(), tokenizer)
 
-    forward = _Forward(model, mask, width, config.max_length)
+    forward = RowForward(model, mask, width, config.max_length, shares_prompts(model))
     readers = [processor for processor in processors or () if isinstance(processor, RowProcessor)]
     for reader in readers:
         reader.begin(prompts, forward.prompt_mask)
     source = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
     logits = forward.prefill(prompts)[source]
-    for holder in (forward, *readers):
-        holder.select(source)
+    forward.repeat(source)
+    for reader in readers:
+        reader.select(source)
     batch = _Batch.start(prompts[source], config)
     finished = _Batch.start(prompts[source], config)
 
@@ -235,19 +238,20 @@ def sample_rollouts(
 
     process = build_processors()
     row_steps = 0
-    with model._optimize_model_for_decode():
+    with model._optimize_model_for_decode(), packed_weights(model):
         for end in range(width, config.max_length):
             batch.append(process(batch.sequences[:, :end], logits), end, config)
             batch.done |= criteria(batch.sequences[:, : end + 1], None)
-            rows, done = len(batch.done), int(batch.done.sum())
-            if done == rows:
+            done = batch.done.tolist()
+            if all(done):
                 break
-            if done > 0 and done >= compact_at * rows:
+            if any(done):
                 finished.write(batch)
-                kept = (~batch.done).nonzero().squeeze(1)
+                kept, holes = _close_gaps(done, model.device)
                 batch.select(kept)
-                for holder in (forward, *readers):
-                    holder.select(kept)
+                forward.keep(kept, holes)
+                for reader in readers:
+                    reader.select(kept)
                 process = build_processors()
             logits = forward.decode(batch.sequences[:, end : end + 1])
             row_steps += len(batch.done)
@@ -259,6 +263,16 @@ def sample_rollouts(
         prefill_tokens=prompts.numel(),
         decode_row_steps=row_steps,
     )
+
+
+def _close_gaps(done: list[bool], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows that go on, the last ones in place of those that do not, and the places that they take."""
+    going = [row for row, finished in enumerate(done) if not finished]
+    holes = [row for row, finished in enumerate(done[: len(going)]) if finished]
+    kept = list(range(len(going)))
+    for hole, moved in zip(holes, going[len(going) - len(holes) :], strict=True):
+        kept[hole] = moved
+    return torch.tensor(kept, device=device), torch.tensor(holes, dtype=torch.long, device=device)
 
 
 def draw(probabilities: Tensor) -> Tensor:
@@ -359,52 +373,3 @@ class _Batch:
         """Take over the rows of `batch`."""
         for name, tensor in vars(self).items():
             tensor[batch.index] = getattr(batch, name)
-
-
-class _Forward:
-    """The model with its cache: gives the next-token logits of every row, in float32."""
-
-    def __init__(self, model: PreTrainedModel, mask: Tensor | None, width: int, max_length: int):
-        self.model = model
-        self.width = width
-        self.cache = DynamicCache(config=model.config)
-        self.cache.layers = [GrowingLayer(limit=max_length - 1) for _ in self.cache.layers]
-        arguments = _forward_arguments(model)
-        self.takes_positions = "position_ids" in arguments
-        self.constants = {"use_cache": True, "past_key_values": self.cache}
-        if "logits_to_keep" in arguments:
-            self.constants["logits_to_keep"] = 1
-        # Without padding all rows share their positions, and the attention kernels need no mask
-        self.mask = None
-        if mask is not None:
-            self.mask = torch.nn.functional.pad(mask, (0, max_length - width), value=1)
-        self.positions = torch.tensor([[width - 1]], device=model.device) if mask is None else mask.sum(1, True) - 1
-
-    @property
-    def prompt_mask(self) -> Tensor | None:
-        return None if self.mask is None else self.mask[:, : self.width]
-
-    def prefill(self, prompts: Tensor) -> Tensor:
-        if self.mask is None:
-            positions = torch.arange(self.width, device=prompts.device).unsqueeze(0)
-        else:
-            positions = (self.prompt_mask.cumsum(1) - 1).clamp(min=0)
-        return self._logits(prompts, positions)
-
-    def decode(self, token: Tensor) -> Tensor:
-        self.positions = self.positions + 1
-        return self._logits(token, self.positions)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep, or repeat, the rows at `rows`."""
-        self.cache.batch_select_indices(rows)
-        if self.mask is not None:
-            self.mask, self.positions = self.mask[rows], self.positions[rows]
-
-    def _logits(self, input_ids: Tensor, positions: Tensor) -> Tensor:
-        inputs = dict(self.constants, input_ids=input_ids)
-        if self.takes_positions:
-            inputs["position_ids"] = positions
-        if self.mask is not None:
-            inputs["attention_mask"] = self.mask[:, : self.cache.get_seq_length() + input_ids.shape[1]]
-        return self.model(**inputs).logits[:, -1].float()

@@ -21,7 +21,7 @@ from .table import active_config, dataset, digit_parity, history, reward_of, wei
 EVERY_ROW = {"skip_zero_rows": False}
 LOOSE = EVERY_ROW | {"dler_truncation_length": 6, "lp_reg_kappa": 0.02, "lp_reg_rho": 0.9}
 RUNS = {
-    "lite_ppo": (["lite_ppo"], EVERY_ROW),
+    "lite_ppo": (["lite_ppo"], EVERY_ROW | {"max_tokens_per_micro_batch": 30}),
     "combined": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE),
     # A group of eight lies on two ranks
     "straddling": (["lp_reg", "d3s", "dler", "gain_rl"], LOOSE | {"num_generations": 8}),
@@ -49,8 +49,10 @@ RUNS = {
         EVERY_ROW | {"num_generations": 8, "hpt_mode": "soft", "loss_type": "dapo"},
     ),
     "skipping_demonstrated": (["hpt_upge"], {"hpt_upge_instance": "reinforce"}),
-    "entropies": (["hapo"], EVERY_ROW | {"num_iterations": 2}),
+    # Ranks need more or fewer passes for their rows
+    "entropies": (["hapo"], EVERY_ROW | {"num_iterations": 2, "max_tokens_per_micro_batch": 40}),
     "skipping": (["lp_reg", "dler"], LOOSE | {"skip_zero_rows": True, "dler_dynamic_sampling": False}),
+    "skipping_by_tokens": (["dler"], {"dler_truncation_length": 6, "max_tokens_per_micro_batch": 25}),
 }
 
 

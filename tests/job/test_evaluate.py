@@ -103,6 +103,16 @@ def test_greedy_completions_do_not_depend_on_the_batch_size(model):
     assert one == many
 
 
+def test_a_replaced_generate_answers_and_the_log_says_so(model, monkeypatch, caplog):
+    prompts = model.tokenizer(["1+1=", "12+34="])["input_ids"]
+    looped, calls, generate = complete(model, prompts, 1, 6, 0.0, 1.0, 0), [], model.model.generate
+    monkeypatch.setattr(model.model, "generate", lambda **kwargs: (calls.append(1), generate(**kwargs))[1])
+    sampling.warn_of_generate.cache_clear()
+    for _ in range(2):
+        assert complete(model, prompts, 1, 6, 0.0, 1.0, 0) == looped
+    assert len(calls) == 2 and caplog.text.count("has its own `generate`") == 1
+
+
 def test_stop_strings_of_the_model_end_completions_in_the_loop_and_in_generate(model, monkeypatch):
     prompts = model.tokenizer([f"{i}+{i}=" for i in range(12)])["input_ids"]
     free = complete(model, prompts, 1, 12, 0.0, 1.0, 0)

@@ -99,6 +99,10 @@ def gradient(trainer, batches):
         *[{"loss_type": loss} for loss in ("grpo", "dr_grpo", "luspo", "cispo", "sapo")],
         {"beta": 0.1},
         {"gradient_checkpointing": True},
+        {"max_tokens": 1},
+        {"max_tokens": 25, "beta": 0.1},
+        *[{"max_tokens": 12, "loss_type": loss} for loss in ("dapo", "grpo", "dr_grpo", "vespo")],
+        {"max_tokens": 30, "share_prompts": False},
     ],
     ids=lambda o: "+".join(f"{k}={v}" for k, v in o.items()) or "default",
 )
@@ -108,6 +112,11 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
     def reward(prompts, completions, **kwargs):
         return [1.0 if p[0] in "2468" else s for p, s in zip(prompts, digit_parity(completions), strict=True)]
 
+    ours_alone = {
+        "max_tokens_per_micro_batch": options.get("max_tokens"),
+        "share_prompts": "share_prompts" not in options,
+    }
+    options = {name: value for name, value in options.items() if name in ("loss_type", "beta")}
     values = settings("policy", tmp_path, per_device_train_batch_size=8, num_generations=4, **options)
     theirs = GRPOTrainer(policy_path, reward, GRPOConfig(**values), train_dataset=dataset("policy"))
     theirs.model.train()
@@ -119,8 +128,9 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
     halves = [{k: v[s] if v.dim() else v for k, v in batch.items()} for s in (slice(0, 8), slice(8, 16))]
     expected_loss, expected = gradient(theirs, halves)
 
-    ours = PolicyTrainer(policy_path, reward, PolicyConfig(**values), train_dataset=dataset("policy"))
-    assert ours.sharing and ours.batching is not None
+    args = PolicyConfig(**values, **ours_alone)
+    ours = PolicyTrainer(policy_path, reward, args, train_dataset=dataset("policy"))
+    assert bool(ours.sharing) == args.share_prompts and ours.batching is not None
     ours.model.train()
     torch.manual_seed(5)
     ours._generate_single_turn = lambda *a, _rows=batch, **k: (
@@ -131,9 +141,13 @@ def test_a_whole_step_has_the_gradient_of_trl(options, policy_path, tmp_path):
         None,
     )
     ours._prepare_inputs(rows)
-    # The live rows fit into one micro-batch; a row without effect stands in for the other
     computed = [len(b["advantages"]) for b in ours._buffered_inputs]
-    assert computed == ([8, 8] if options.get("beta") else [8, 1]) and zero == 0.5
+    if args.max_tokens_per_micro_batch is None:
+        # The live rows fit into one micro-batch; a row without effect stands in for the other
+        assert computed == ([8, 8] if options.get("beta") else [8, 1]) and zero == 0.5
+    else:
+        assert sum(computed) == (16 if options.get("beta") else 8)
+        assert sum(len(batch["pass_ids"].unique()) for batch in ours._buffered_inputs) > 2
     loss, found = gradient(ours, ours._buffered_inputs)
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
     scale = max(g.abs().max() for g in expected.values())

@@ -7,11 +7,12 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessorList
 from trl import DPOConfig, DPOTrainer
 
 from papertrl import HypoDPOConfig, HypoDPOTrainer
 from papertrl.losses.preference.hypo import online_kl_weights
+from papertrl.samplers.decoding.rollout import warn_of_generate
 from papertrl.trainers.preference import hypo, sampling
 from papertrl.trainers.preference.base import PreferenceTrainer
 
@@ -118,6 +119,38 @@ def test_a_row_s_completion_depends_on_its_seed_alone(tiny_path):
     assert together[0][0, :2].tolist() == [5, 9]
     assert together[0][2, :1].tolist() == [6]
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_tokens_are_those_of_generate_also_when_rows_leave(replaced, tiny_path, caplog):
+    model = AutoModelForCausalLM.from_pretrained(tiny_path)
+    rows = [[5, 9]] * 3 + [[7, 8, 4]] * 3 + [[6]]
+    ids, mask = sampling.left_pad(rows, 0, "cpu")
+    ends, seeds = list(range(2, 14)), list(range(50, 57))
+    config = GenerationConfig(max_new_tokens=9, do_sample=False, pad_token_id=0, eos_token_id=ends)
+    with sampling.plain_generation(model), torch.no_grad():
+        expected = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([sampling.KeyedGumbel(seeds, ids.device)]),
+        )[:, 3:]
+    calls, generate = [], model.generate
+    if replaced:
+        model.generate = lambda *args, **kwargs: (calls.append(kwargs), generate(*args, **kwargs))[1]
+    prefilled = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: prefilled.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    warn_of_generate.cache_clear()
+    tokens, _, completion = sample(model, (ids, mask), seeds, max_new_tokens=9, eos=ends)
+    lengths = completion.sum(1).tolist()
+    assert len(set(lengths)) > 2
+    for row, kept, theirs, length in zip(tokens, completion.bool(), expected, lengths, strict=True):
+        assert row[kept].tolist() == theirs[:length].tolist()
+    assert len(calls) == replaced
+    assert ("has its own `generate`" in caplog.text) == replaced
+    assert ((7, 3) in prefilled) == replaced and ((3, 3) in prefilled) != replaced
 
 
 def test_seeds_tell_runs_steps_pairs_and_samples_apart():

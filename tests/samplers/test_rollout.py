@@ -5,6 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GenerationConfig,
     GenerationMixin,
     GPT2Config,
@@ -22,9 +24,12 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from papertrl.samplers.decoding import forward
 from papertrl.samplers.decoding.cache import GrowingLayer
+from papertrl.samplers.decoding.forward import shares_prompts
+from papertrl.samplers.decoding.packing import packed_weights
 from papertrl.samplers.decoding.rollout import _NEUTRAL, draw, sample_rollouts, supported
 from papertrl.samplers.decoding.stopping import StopStrings
 
@@ -42,6 +47,9 @@ def make_model(kind: str, vocab: int = VOCAB):
         model = GPT2LMHeadModel(GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     elif kind == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocab, num_key_value_heads=2, **SIZES))
+    elif kind == "mistral":
+        options = {"num_key_value_heads": 2, "sliding_window": 4}
+        model = MistralForCausalLM(MistralConfig(vocab_size=vocab, **options, **SIZES))
     else:
         model = LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_key_value_heads=2, **SIZES))
     model.eval()
@@ -58,7 +66,7 @@ def make_model(kind: str, vocab: int = VOCAB):
     return model
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2", "lora"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "gpt2", "mistral", "lora"])
 def any_model(request):
     return make_model(request.param)
 
@@ -134,6 +142,7 @@ def test_prompts_of_equal_length_are_not_masked(any_model, length, monkeypatch):
     prompts = [[7 + i + j for j in range(length)] for i in range(6)]
     config = make_config()
     expected = generate(any_model, prompts, [2] * 6, config)
+    assert sample_rollouts(any_model, prompts[:1], [1], config).completion_ids == expected[:1]
     masks = []
     inner = any_model.get_base_model() if isinstance(any_model, peft.PeftModel) else any_model
     hook = inner.register_forward_pre_hook(
@@ -204,7 +213,6 @@ def test_rows_are_what_a_loop_without_cache_or_company_gives(data):
     prompts = data.draw(st.lists(prompt, min_size=1, max_size=4))
     counts = data.draw(st.lists(st.integers(0, 3), min_size=len(prompts), max_size=len(prompts)))
     eos = data.draw(st.sets(st.integers(1, VOCAB - 1), min_size=1, max_size=16))
-    compact_at = data.draw(st.sampled_from([0.0, 0.125, 0.5, 2.0]))
     expected = []
     for prompt, count in zip(prompts, counts, strict=True):
         completion = []
@@ -212,23 +220,16 @@ def test_rows_are_what_a_loop_without_cache_or_company_gives(data):
             completion.append(int(next_logits(model, prompt + completion).argmax()))
         expected += [completion] * count
     config = make_config(max_new_tokens=6, eos_token_id=sorted(eos))
-    rollouts = sample_rollouts(model, prompts, counts, config, compact_at=compact_at)
+    rollouts = sample_rollouts(model, prompts, counts, config)
     assert rollouts.completion_ids == expected
 
 
 def test_finished_rows_leave_the_batch(model):
-    counts = [2] * len(PROMPTS)
-    config = make_config(max_new_tokens=20)
-    kept = sample_rollouts(model, PROMPTS, counts, config, compact_at=2.0)
-    left = sample_rollouts(model, PROMPTS, counts, config, compact_at=0.0)
-    some = sample_rollouts(model, PROMPTS, counts, config)
-    lengths = [len(row) for row in kept.completion_ids]
-    assert left.completion_ids == kept.completion_ids == some.completion_ids
-    np.testing.assert_allclose(np.concatenate(left.logprobs), np.concatenate(kept.logprobs), atol=1e-5)
+    rollouts = sample_rollouts(model, PROMPTS, [2] * len(PROMPTS), make_config(max_new_tokens=20))
+    lengths = [len(row) for row in rollouts.completion_ids]
+    assert len(set(lengths)) > 2
     # The last token of a row is never forwarded
-    assert left.decode_row_steps == sum(length - 1 for length in lengths)
-    assert kept.decode_row_steps == len(lengths) * (max(lengths) - 1)
-    assert left.decode_row_steps <= some.decode_row_steps < kept.decode_row_steps
+    assert rollouts.decode_row_steps == sum(length - 1 for length in lengths)
 
 
 def test_company_does_not_change_a_row(any_model):
@@ -470,12 +471,92 @@ def test_growing_layer_writes_in_place():
     assert layer.keys.untyped_storage().nbytes() == 100 * 2 * step.nbytes
 
 
+@given(
+    st.lists(st.one_of(st.integers(1, 5), st.lists(st.integers(0, 9), min_size=1, max_size=4)), max_size=12),
+    st.integers(2, 9),
+)
+def test_growing_layer_with_a_window_is_a_sliding_layer(operations, window):
+    torch.manual_seed(0)
+    ours, reference = GrowingLayer(200, window), DynamicSlidingWindowLayer(window)
+    rows = 2
+    for argument in [3, *operations]:
+        if isinstance(argument, list):
+            indices = torch.tensor(argument) % rows
+            ours.batch_select_indices(indices)
+            reference.batch_select_indices(indices)
+            rows = len(indices)
+            continue
+        assert ours.get_mask_sizes(argument) == reference.get_mask_sizes(argument)
+        keys, values = torch.randn(rows, 2, argument, 4), torch.randn(rows, 2, argument, 3)
+        for mine, theirs in zip(ours.update(keys, values), reference.update(keys, values), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+        assert ours.get_seq_length() == reference.get_seq_length()
+
+
+def test_a_prompt_is_held_once_for_all_of_its_rows(monkeypatch):
+    model = make_model("llama")
+    prompts, time, count = [list(range(7, 47)), list(range(8, 46))], 8, 16
+    held = []
+
+    class Counting(forward.RowForward):
+        def decode(self, tokens):
+            logits = super().decode(tokens)
+            states = [(layer.keys, layer.values, *layer.prompt) for layer in self.cache.layers]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for layer in states for t in layer}
+            held.append(sum(storage.nbytes() for storage in storages.values()) // 4)
+            return logits
+
+    shares_prompts(model)
+    monkeypatch.setattr("papertrl.samplers.decoding.rollout.RowForward", Counting)
+    config = make_config(max_new_tokens=time, eos_token_id=None)
+    sample_rollouts(model, prompts, [count, count], config)
+    # Keys and values of 2 layers with 2 heads of 8; buffers of completions have room for at most 16 or all of them
+    size = 2 * 2 * 2 * 8
+    assert len(held) == time - 1
+    assert max(held) <= size * (2 * 40 + 2 * count * 16)
+    assert max(held) < size * 2 * count * 40 / 2
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt2", "mistral"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_prompts_are_shared_with_plain_attention(kind, implementation):
+    model = make_model(kind)
+    model.set_attn_implementation(implementation)
+    assert shares_prompts(model)
+    counts = [3, 1, 2, 1, 1, 1, 1, 4]
+    rollouts = sample_rollouts(model, PROMPTS, counts, make_config())
+    assert rollouts.completion_ids == generate(model, PROMPTS, counts, make_config())
+
+
+def test_prompts_are_not_shared_where_attention_is_of_another_kind():
+    """Capped scores, of which a few tokens of small scores would not show that they are."""
+    options = {"num_key_value_heads": 2, "head_dim": 8, "attn_logit_softcapping": 1e4, "sliding_window": 4}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=VOCAB, **options, **SIZES)).eval()
+    model.set_attn_implementation("eager")
+    assert not shares_prompts(model)
+    counts = [2] * len(PROMPTS)
+    rollouts = sample_rollouts(model, PROMPTS, counts, make_config())
+    assert rollouts.completion_ids == generate(model, PROMPTS, counts, make_config())
+
+
+def test_packed_weights_multiply_alike(monkeypatch):
+    monkeypatch.setattr("papertrl.samplers.decoding.packing._SMALLEST", 1)
+    model, ids, seen = make_model("lora"), torch.tensor([PROMPTS[0]]), []
+    layer = model.get_base_model().model.layers[0].mlp.down_proj
+    handle = layer.register_forward_hook(lambda *args: seen.append(1))
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        with packed_weights(model):
+            assert "forward" in vars(layer)
+            torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+    handle.remove()
+    assert len(seen) == 2 and not any("forward" in vars(module) for module in model.modules())
+    with torch.autocast("cpu", dtype=torch.bfloat16), packed_weights(model):
+        assert "forward" not in vars(layer)
+
+
 def test_reasons_why_a_model_is_not_supported():
     config = make_config()
-    window = MistralForCausalLM(MistralConfig(vocab_size=VOCAB, num_key_value_heads=2, sliding_window=4, **SIZES))
-    assert "DynamicSlidingWindowLayer" in supported(window, config)
-    whole = MistralForCausalLM(MistralConfig(vocab_size=VOCAB, num_key_value_heads=2, sliding_window=None, **SIZES))
-    assert supported(whole, config) is None
     old = OpenAIGPTLMHeadModel(OpenAIGPTConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=2))
     assert "past_key_values" in supported(old, config)
     both = T5ForConditionalGeneration(T5Config(vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=16, num_layers=1))

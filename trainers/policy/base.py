@@ -7,13 +7,16 @@ import torch
 from accelerate.logging import get_logger
 from datasets import Dataset
 from transformers import GenerationConfig
+from transformers.training_args import OptimizerNames
 from trl import GRPOConfig, GRPOTrainer
 
 from ...core.configuration import MethodConfigMixin, method_config, method_field
 from ...core.family import POLICY
 from ..checkpoints import rows_per_step, split
 from ..method import MethodTrainer
-from .batching import MicroBatches, recut, why_not_regrouped
+from .batching import MicroBatches, joined, recut, why_not_regrouped
+from .budget import TokenBudget
+from .record import RolloutRecord
 from .sampling import Endings, check_stop_strings
 from .stages import PolicyStages
 from .trl import OpenedGRPOTrainer
@@ -44,6 +47,13 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
         "Whether rows that add nothing to loss and gradient are left out of the update. Metrics of the update "
         "(`entropy`, `clip_ratio/*`, `kl`) then cover the rows that are computed.",
     )
+    max_tokens_per_micro_batch: int | None = method_field(
+        None,
+        "Most tokens, prompts included, that one pass of an update computes. An update then takes as many passes as "
+        "its rows need, at least `gradient_accumulation_steps`, whatever `per_device_train_batch_size` is. A row "
+        "that is longer has a pass to itself. `None` cuts by rows.",
+        ge=1,
+    )
     success_threshold: float = method_field(
         0.0,
         "A completion counts as solved if its weighted reward is above this. For methods that tell solved prompts "
@@ -58,6 +68,7 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
     def validate(self):
         super().validate()
         check_stop_strings(self)
+        self._check_token_budget()
         known = vars(GenerationConfig())
         unknown = [name for name in self.generation_kwargs or {} if name not in known and not self.use_vllm]
         if unknown:
@@ -65,6 +76,21 @@ class PolicyConfig(MethodConfigMixin, GRPOConfig):
             raise ValueError(
                 f"`generation_kwargs` must have names of options of `generate`, got {unknown}, which would do nothing."
                 + (f" Did you mean `{near[0]}`?" if near else "")
+            )
+
+    def _check_token_budget(self) -> None:
+        limit = self.max_tokens_per_micro_batch
+        if limit is None:
+            return
+        if not self.group_batches:
+            raise ValueError(
+                f"`max_tokens_per_micro_batch` must be None with `group_batches=False`, got {limit}: it cuts between "
+                "groups. Leave one of the two out."
+            )
+        if self.optim in (OptimizerNames.LOMO, OptimizerNames.ADALOMO):
+            raise ValueError(
+                f"`max_tokens_per_micro_batch` must be None with `optim='{OptimizerNames(self.optim).value}'`, got "
+                f"{limit}: this optimizer makes an update at every backward pass. Choose another one."
             )
 
 
@@ -179,12 +205,18 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         args = self.args
         if not (args.group_batches or args.skip_zero_rows):
             return
-        reason = why_not_regrouped(self)
+        reason, limit = why_not_regrouped(self), args.max_tokens_per_micro_batch
+        if reason is not None and limit is not None:
+            raise ValueError(
+                f"`max_tokens_per_micro_batch` must be None here, got {limit}: {reason}. Change that, or leave it out."
+            )
         if reason is not None:
             logger.warning(f"Micro-batches are cut as in TRL, rows without effect included: {reason}.")
             return
         windows = max(1, args.steps_per_generation // args.gradient_accumulation_steps)
         self.batching = MicroBatches(args.steps_per_generation, windows, args.per_device_train_batch_size)
+        if limit is not None:
+            self.budget = TokenBudget(limit, args.steps_per_generation // windows)
 
     @classmethod
     def needs_reference(cls, args: Any) -> bool:
@@ -206,6 +238,11 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         return list(dict.fromkeys(owner.method.name for owner in found))
 
     def coupled_micro_batches(self) -> str | None:
+        if self.budget is not None:
+            return (
+                "`max_tokens_per_micro_batch` puts long rows together, and more short ones. Leave it out, and make "
+                "`per_device_train_batch_size` a multiple of `num_generations`"
+            )
         if self.batching is not None and self.args.per_device_train_batch_size % self.num_generations == 0:
             return None
         return (
@@ -240,6 +277,15 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
     def _reuse(self) -> int:
         """Micro-batches of this rank from one generation to the next."""
         return self.args.steps_per_generation * self.num_iterations
+
+    def log_means(self, sums: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        if self._pooled is None or not self.model.training:
+            super().log_means(sums)
+            return
+        # Passes hold more or fewer rows: one mean over all of an optimizer step, not the mean of theirs
+        for name, parts in sums.items():
+            local = torch.stack([part.detach().float() for part in parts])
+            self._pooled[name] = self._pooled[name] + local if name in self._pooled else local
 
     # --- Accounts -----------------------------------------------------------------------------------------------
 
@@ -282,6 +328,7 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
         return super().rank_state() | {
             "buffer": self._buffered_inputs if self._step % self._reuse() else None,
             "tokens": [self.sampled_tokens, self.trained_tokens],
+            "max_tokens": self.args.max_tokens_per_micro_batch,
         }
 
     def load_rank_state(self, state: dict[str, Any]) -> None:
@@ -294,24 +341,32 @@ class PolicyTrainer(MethodTrainer, PolicyStages, OpenedGRPOTrainer):
                 {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
                 for batch in state["buffer"]
             ]
-            self._buffered_inputs = self._cut_as_here(buffer)
+            self._buffered_inputs = self._cut_as_here(buffer, state["max_tokens"])
 
     def share_rank_states(self, states: list[dict[str, Any]]) -> dict[str, Any]:
         if any(state["buffer"] is not None for state in states):
             raise self._cannot_share("reuse rollouts that lie on other processes")
         tokens = [sum(counts) for counts in zip(*(state["tokens"] for state in states), strict=True)]
-        own = {"buffer": None, "tokens": tokens if self.is_world_process_zero() else [0, 0]}
+        own = {"buffer": None, "tokens": tokens if self.is_world_process_zero() else [0, 0], "max_tokens": None}
         return super().share_rank_states(states) | own
 
-    def _cut_as_here(self, buffer: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Micro-batches of a saved generation batch, cut anew where this run has more or fewer of them."""
+    def _cut_as_here(self, buffer: list[dict[str, Any]], limit: int | None) -> list[dict[str, Any]]:
+        """Micro-batches of a generation batch saved under `limit`, cut anew where this run would cut otherwise."""
         steps, accumulation = self.args.steps_per_generation, self.args.gradient_accumulation_steps
-        if len(buffer) == steps:
+        if len(buffer) == steps and limit == self.args.max_tokens_per_micro_batch:
             return buffer
         windows = max(1, steps // accumulation)
         if self._is_vlm or steps % windows or len(buffer) % windows:
             raise self._cannot_share("reuse rollouts that are cut otherwise")
-        return recut(buffer, windows, steps // windows, self.batching)
+        if self.budget is None:
+            return recut(buffer, windows, steps // windows, self.batching)
+        # Rows without tokens of the loss stand in for passes, whose number may be another one here
+        record = RolloutRecord.from_batch(joined(buffer))
+        size = len(buffer) // windows
+        lengths = [sum(len(b["group_ids"]) for b in buffer[i * size : (i + 1) * size]) for i in range(windows)]
+        scored = record.loss_mask.any(1)
+        parts = torch.arange(len(scored), device=scored.device).split(lengths)
+        return self._cut_by_tokens(record, [rows[scored[rows]].tolist() for rows in parts])
 
     def _cannot_share(self, what: str) -> ValueError:
         passes = self.num_iterations * self.args.generation_batch_size // rows_per_step(self.layout())

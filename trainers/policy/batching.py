@@ -59,6 +59,18 @@ class MicroBatches:
             computed (`torch.Tensor` of shape `(batch,)`, bool):
                 Rows that have an effect.
         """
+        windows, idle = self.share_out(group_ids, computed)
+        batches, count = [], self.steps // self.windows
+        for rows in windows:
+            cut = self.cut_window(rows, group_ids.cpu()[rows], count)
+            # Every rank runs equally many micro-batches: where rows do not suffice, ones without effect stand in
+            missing = count - len(cut)
+            batches += cut + list(idle[:missing].unsqueeze(1))
+            idle = idle[missing:]
+        return batches
+
+    def share_out(self, group_ids: torch.Tensor, computed: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Row numbers of each optimizer step, by shuffled groups, and those without effect, as in [`cut`]."""
         group_ids, computed = group_ids.cpu(), computed.cpu()
         groups = torch.unique(group_ids)
         rank = torch.empty(int(groups.max()) + 1, dtype=torch.long)
@@ -71,14 +83,7 @@ class MicroBatches:
             windows = live.split([int(part.sum()) for part in sizes.tensor_split(self.windows)])
         else:
             windows = live.tensor_split(self.windows)
-        batches, count = [], self.steps // self.windows
-        for rows in windows:
-            cut = self.cut_window(rows, group_ids[rows], count)
-            # Every rank runs equally many micro-batches: where rows do not suffice, ones without effect stand in
-            missing = count - len(cut)
-            batches += cut + list(idle[:missing].unsqueeze(1))
-            idle = idle[missing:]
-        return batches
+        return list(windows), idle
 
     def cut_window(self, rows: torch.Tensor, group_ids: torch.Tensor, count: int) -> list[torch.Tensor]:
         """At most `count` micro-batches of `rows`, none empty, between groups if whole groups fit."""
@@ -114,8 +119,9 @@ def recut(
     """
     size, cut = len(batches) // windows, []
     for start in range(0, len(batches), size):
-        parts = batches[start : start + size]
-        whole = {k: torch.cat([p[k] for p in parts]) if v.dim() else v for k, v in parts[0].items()}
+        whole = joined(batches[start : start + size])
+        # Of a run with a budget of tokens
+        whole.pop("pass_ids", None)
         rows = torch.arange(len(whole["completion_ids"]))
         if batching is None:
             chosen = list(rows.tensor_split(count))
@@ -127,3 +133,8 @@ def recut(
         idle |= {name: torch.zeros_like(idle[name]) for name in ("loss_mask", "row_weight")}
         cut += micro + [idle] * (count - len(micro))
     return cut
+
+
+def joined(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """The rows of all `batches`, as in [`recut`], in one."""
+    return {k: torch.cat([batch[k] for batch in batches]) if v.dim() else v for k, v in batches[0].items()}

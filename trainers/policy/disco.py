@@ -64,6 +64,12 @@ class DiscoGRPOConfig(PolicyConfig):
                 f"DisCO has a loss of its own; `loss_type` averages what is added to it and must be one of "
                 f"{_LOSS_TYPES}, got {self.loss_type!r}. Change it, or set `disco_score='none'`."
             )
+        if self.max_tokens_per_micro_batch is not None:
+            raise ValueError(
+                f"`max_tokens_per_micro_batch` must be None with DisCO, got {self.max_tokens_per_micro_batch}: DisCO "
+                "compares all answers to a question in one pass, and estimates its constraint on each pass. Leave it "
+                "out, or set `disco_score='none'`."
+            )
         sizes = [("per_device_train_batch_size", self.num_generations)]
         if self.eval_strategy != "no":
             sizes.append(("per_device_eval_batch_size", self.num_generations_eval or self.num_generations))

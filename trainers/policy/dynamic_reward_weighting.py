@@ -250,7 +250,8 @@ class DynamicRewardWeightingGRPOTrainer(PolicyTrainer):
         parameters = [p for layer in self._chosen_layers() for p in layer.parameters() if p.requires_grad]
         sources = advantages.shape[1]
         totals = [torch.zeros(sources, p.numel(), device=p.device) for p in parameters]
-        for rows in torch.arange(len(advantages)).split(self.args.per_device_train_batch_size):
+        length = record.prompt_ids.shape[1] + record.completion_ids.shape[1]
+        for rows in torch.arange(len(advantages)).split(self.rows_at_a_time(length)):
             part = record.take(rows)
             with self.compute_loss_context_manager(), self.unlogged():
                 stats = self.policy_statistics(self.model, part)

@@ -65,6 +65,12 @@ class GuideGRPOConfig(PolicyConfig):
                 f"`guide_keep_high` must be above `guide_reroll_threshold`={self.guide_reroll_threshold}, got "
                 f"{self.guide_keep_high}."
             )
+        if self.guide_reroll and self.guide_reshape == "percentile" and self.max_tokens_per_micro_batch is not None:
+            raise ValueError(
+                "`max_tokens_per_micro_batch` must be None with `guide_reshape='percentile'`, got "
+                f"{self.max_tokens_per_micro_batch}: γ is a quantile over a micro-batch, which would hold rows of "
+                "like length. Leave it out, or set `guide_reshape='constant'`."
+            )
         if self.guide_reroll and (self.loss_type not in CLIPPED or self.importance_sampling_level != "token"):
             raise ValueError(
                 f"Guide changes ratios of single tokens: `loss_type` must be one of {CLIPPED} and "

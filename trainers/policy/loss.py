@@ -108,8 +108,8 @@ def _log_metrics(trainer: Any, stats: PolicyStatistics, record: RolloutRecord) -
 
     def extreme(reduce, values: torch.Tensor) -> torch.Tensor:
         means = values.squeeze(1) if values.shape[1] == 1 else (values * mask).sum(-1) / mask.sum(-1)
-        # Ranks may hold different numbers of rows
-        return reduce(trainer.accelerator.gather(reduce(means)))
+        # Ranks may hold different numbers of rows, and none with a token of the loss
+        return reduce(trainer.accelerator.gather(reduce(means))).nan_to_num()
 
     log_token_mean("entropy", stats.entropies)
     if trainer.loss_type in CLIPPED:

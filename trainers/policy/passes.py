@@ -112,14 +112,16 @@ def score_record(
             Ids and mask of other prompts than the record's to score under.
     """
     ids, mask = prompts or (record.prompt_ids, record.prompt_mask)
-    args = trainer.args
+    size = trainer.args.per_device_eval_batch_size
+    if trainer.model.training:
+        size = trainer.rows_at_a_time(ids.shape[1] + record.completion_ids.shape[1])
     scores, _ = score_tokens(
         trainer,
         trainer.model,
         torch.cat([ids, record.completion_ids], dim=1),
         torch.cat([mask, record.completion_mask], dim=1),
         record.completion_mask.bool(),
-        args.per_device_train_batch_size if trainer.model.training else args.per_device_eval_batch_size,
+        size,
         needs,
         **record.multimodal,
     )

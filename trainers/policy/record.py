@@ -20,6 +20,18 @@ MULTIMODAL_KEYS = (
     "image_position_ids",
 )
 
+# Fields whose columns are the tokens of completions, as far as they have two dimensions
+_BY_TOKEN = {
+    "completion_ids",
+    "completion_mask",
+    "loss_mask",
+    "advantages",
+    "old_per_token_logps",
+    "ref_per_token_logps",
+    "sampling_per_token_logps",
+    "importance_sampling_ratio",
+}
+
 
 class Source(IntEnum):
     """Where a row's completion comes from."""
@@ -225,6 +237,8 @@ class RolloutRecord:
             under the prompt of `prompt_ids`. The ratio may be `(batch, 1)`.
         statistics (`dict[str, torch.Tensor]`):
             What methods computed in the old pass: `(batch, time)` or `(batch,)` each, without gradient.
+        pass_ids (`torch.Tensor` of shape `(batch,)`, int64, *optional*):
+            Which pass over the model computes the row, counted from 0, where a micro-batch takes several.
         multimodal (`dict`):
             Model inputs of multimodal rows.
     """
@@ -250,6 +264,7 @@ class RolloutRecord:
     sampling_per_token_logps: torch.Tensor | None = None
     importance_sampling_ratio: torch.Tensor | None = None
     statistics: dict[str, torch.Tensor] = field(default_factory=dict)
+    pass_ids: torch.Tensor | None = None
     multimodal: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -296,6 +311,27 @@ class RolloutRecord:
             {name: value[rows] if value.dim() else value for name, value in self.as_batch().items()}
         )
 
+    def passes(self, multiple_of: int | None = None) -> list["RolloutRecord"]:
+        """
+        The rows of each pass, in order, without the columns that are padding in all of them.
+
+        Args:
+            multiple_of (`int`, *optional*):
+                What completions stay padded to.
+        """
+        if self.pass_ids is None:
+            return [self]
+        count = int(self.pass_ids.max()) + 1
+        return [self.take((self.pass_ids == i).nonzero().squeeze(1)).trimmed(multiple_of) for i in range(count)]
+
+    def trimmed(self, multiple_of: int | None = None) -> "RolloutRecord":
+        """Without the columns at the end of completions that are padding in all rows."""
+        time = rounded(max(1, int(ends(self.completion_mask).max())), multiple_of)
+        by_token = {f"statistics/{name}" for name, value in self.statistics.items() if value.dim() == 2} | _BY_TOKEN
+        return self.from_batch(
+            {k: v[:, :time] if k in by_token and v.dim() == 2 else v for k, v in self.as_batch().items()}
+        )
+
     def live_tokens(self) -> torch.Tensor:
         """Number of tokens of the loss in rows that have weight."""
         return (self.loss_mask * (self.row_weight > 0).unsqueeze(1)).sum()
@@ -339,3 +375,13 @@ def _expect(name: str, value: torch.Tensor, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"`{name}` has shape {tuple(value.shape)}, expected {' or '.join(map(str, shapes))}.")
     if value.requires_grad:
         raise ValueError(f"`{name}` carries gradient; a record holds data only.")
+
+
+def ends(mask: torch.Tensor) -> torch.Tensor:
+    """Columns of each row up to the last one that is not 0."""
+    return (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
+
+
+def rounded(length: int, multiple_of: int | None) -> int:
+    """`length`, or the next multiple."""
+    return length if multiple_of is None else -(-length // multiple_of) * multiple_of

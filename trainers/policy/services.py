@@ -297,9 +297,14 @@ class PolicyServices(GRPOTrainer):
                 torch.cat([prompt_ids, completion_ids], dim=1),
                 torch.cat([prompt_mask, completion_mask], dim=1),
                 completion_mask.bool(),
-                self.args.per_device_train_batch_size,
+                self.rows_at_a_time(prompt_ids.shape[1] + completion_ids.shape[1]),
             )
         return scores.logps
+
+    def rows_at_a_time(self, length: int) -> int:
+        """How many rows of `length` tokens, padding included, a pass takes where none are cut into micro-batches."""
+        limit = self.args.max_tokens_per_micro_batch
+        return self.args.per_device_train_batch_size if limit is None else max(1, limit // length)
 
     def policy_statistics(self, model: torch.nn.Module, record: RolloutRecord) -> PolicyStatistics:
         """

@@ -5,10 +5,12 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 
 from ..sharing import SharesPrompts
 from .batch import GenerationBatch
 from .batching import MicroBatches
+from .budget import PassTokens, TokenBudget, take_passes
 from .loss import policy_loss
 from .passes import score_tokens
 from .record import RolloutRecord
@@ -33,6 +35,8 @@ PINNED = {
     "trl.trainer.grpo_trainer.GRPOTrainer.log": "1e7772819cc8cf0980bc9f0b48d6c1c3",
     "trl.trainer.grpo_trainer.GRPOTrainer._save_checkpoint": "ec91bde1236491119dc68afed1d02f08",
     "trl.trainer.grpo_trainer.GRPOTrainer._load_optimizer_and_scheduler": "5c1772becdfd7fdb07894217ecdb6dd7",
+    "transformers.trainer.Trainer._run_epoch": "31aff00f34c302a241b458727e59ae4b",
+    "transformers.trainer.Trainer.training_step": "e9760c8ee10308d5c1b90f667725374a",
     "transformers.trainer.Trainer._get_grad_norm": "913ba6f52f074d10a4981ffcaac608e9",
     "transformers.trainer.Trainer._evaluate": "64dfb995ce2027daf172a4f807e3d8fc",
     "trl.trainer.utils.RepeatSampler": "ba139f4a43eeecd4976bc51c850039df",
@@ -49,9 +53,14 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
     Attributes:
         batching ([`MicroBatches`], *optional*):
             Cuts generation batches; `None` where they are cut as in TRL.
+        budget ([`TokenBudget`], *optional*):
+            Cuts what it gives each optimizer step into passes, where `max_tokens_per_micro_batch` is set.
     """
 
     batching: MicroBatches | None = None
+    budget: TokenBudget | None = None
+    # Totals and counts of means over the passes of an optimizer step, while they run
+    _pooled: dict[str, torch.Tensor] | None = None
     _reference_only = False
     _sampled_tokens = 0
 
@@ -66,11 +75,34 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
             computed = torch.ones_like(record.group_ids, dtype=torch.bool)
             if self.args.skip_zero_rows:
                 computed = self.contributing_rows(record)
-            batches = self.batching.cut(record.group_ids, computed)
+            if self.budget is None:
+                batches = self.batching.cut(record.group_ids, computed)
+                self._buffered_inputs = [record.take(rows).as_batch() for rows in batches]
+            else:
+                batches, _ = self.batching.share_out(record.group_ids, computed)
+                self._buffered_inputs = self._cut_by_tokens(record, [rows.tolist() for rows in batches])
             skipped = torch.tensor([len(computed) - sum(map(len, batches)), len(computed)], device=computed.device)
             self.log_mean("rows/skipped_fraction", *skipped)
-            self._buffered_inputs = [record.take(rows).as_batch() for rows in batches]
         return self._buffered_inputs[self._step % steps]
+
+    def _cut_by_tokens(self, record: RolloutRecord, windows: list[list[int]]) -> list[dict[str, Any]]:
+        """Micro-batches of the rows of each optimizer step, with the passes that each of them takes."""
+        width = record.prompt_ids.shape[1] + record.completion_ids.shape[1]
+        tokens, groups = PassTokens(record, self.shares(width), self.pad_to_multiple_of), record.group_ids.tolist()
+        cut = [self.budget.cut(rows, groups, tokens) for rows in windows]
+        # Every rank makes equally many, at least one for each of the loop's micro-batches
+        counts = torch.tensor(
+            [[max(len(passes), self.budget.slots) for passes in cut]], device=record.group_ids.device
+        )
+        slots = [
+            slot
+            for passes, count in zip(cut, self.accelerator.gather(counts).amax(0).tolist(), strict=True)
+            for slot in self.budget.spread(passes, count, groups, tokens)
+        ]
+        # One that has no effect, if there is any
+        idle = set(range(len(groups))).difference(*windows)
+        spare = min(idle or range(len(groups)), key=lambda row: tokens([row]))
+        return [take_passes(record, passes, spare).as_batch() for passes in slots]
 
     def _generate_and_score_completions(self, inputs):
         self.generation = batch = GenerationBatch(self, inputs, self._makes_old_pass())
@@ -149,6 +181,8 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
         batch, needs = self.generation, frozenset()
         if batch is not None and batch.awaits_old_pass:
             input_ids, attention_mask, needs = batch.enter_pass(input_ids, attention_mask, logits_to_keep)
+        if batch_size is not None and self.budget is not None and self.model.training:
+            batch_size = self.rows_at_a_time(input_ids.shape[1])
         scores, aux_loss = score_tokens(
             self,
             model,
@@ -173,7 +207,46 @@ class OpenedGRPOTrainer(SharesPrompts, PolicyServices):
     # --- Updates ------------------------------------------------------------------------------------------------
 
     def _compute_loss(self, model, inputs):
-        return policy_loss(self, model, RolloutRecord.from_batch(inputs))
+        *earlier, last = RolloutRecord.from_batch(inputs).passes(self.pad_to_multiple_of)
+        if self.budget is None or not self.model.training:
+            return policy_loss(self, model, last)
+        self._pooled = self._pooled or {}
+        done = torch.zeros((), device=self.accelerator.device)
+        for record in earlier:
+            with self._more_to_come(model) as options:
+                loss = policy_loss(self, model, record)
+                self.accelerator.backward(loss, **options)
+                self.after_backward()
+            done += loss.detach()
+        # Of the last one, the loop makes the backward pass
+        loss = policy_loss(self, model, last)
+        if (self._step + 1) % self.budget.slots == 0:
+            pooled, self._pooled = self._pooled, None
+            self.log_means({name: tuple(sums) for name, sums in pooled.items()})
+        return loss + done
+
+    @contextmanager
+    def _more_to_come(self, model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+        """
+        Around a pass that is not the last of its update: its gradient stays on this rank, and no update follows.
+
+        Gives the options of `accelerator.backward`. As in the loop of transformers, which sees to it itself for
+        micro-batches that are not the last.
+        """
+        state = self.accelerator.gradient_state
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        # The loss is scaled for accumulation already
+        options = {"scale_wrt_gas": False} if deepspeed else {}
+        if not state.sync_gradients:
+            yield options
+            return
+        synced = deepspeed or state.plugin_kwargs.get("sync_each_batch", False)
+        state._set_sync_gradients(False)
+        try:
+            with nullcontext() if synced else self.accelerator.no_sync(model):
+                yield options
+        finally:
+            state._set_sync_gradients(True)
 
     def _evaluate(self, *args, **kwargs):
         metrics = super()._evaluate(*args, **kwargs)

@@ -4,9 +4,11 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -18,6 +20,8 @@ from transformers import (
 from trl.trainer.utils import flush_left
 
 from ...models.observation import causal_lm
+from ...samplers.decoding.processors import RowProcessor
+from ...samplers.decoding.rollout import sample_rollouts, supported, warn_of_generate
 
 
 @dataclass
@@ -42,7 +46,7 @@ class SampledCompletions:
     num_samples: int
 
 
-class KeyedGumbel(LogitsProcessor):
+class KeyedGumbel(RowProcessor):
     """
     Adds to each row's scores noise from that row's own generator, so that greedy decoding samples from the softmax.
 
@@ -58,6 +62,16 @@ class KeyedGumbel(LogitsProcessor):
 
     def __init__(self, seeds: list[int], device: torch.device):
         self.generators = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+        self._repeated = True
+
+    def begin(self, prompt_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        self._repeated = False
+
+    def select(self, rows: torch.Tensor) -> None:
+        # What makes rows of prompts comes first, and the generators are those of rows
+        if self._repeated:
+            self.generators = [self.generators[row] for row in rows.tolist()]
+        self._repeated = True
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
         exponential = torch.empty_like(scores)
@@ -190,6 +204,8 @@ def sample_completions(
     Draw one completion per row from the softmax of the model's logits, at temperature 1 over the whole vocabulary
     unless `processors` change it.
 
+    Equal prompts that stand together are read once, where the rollout loop supports the model.
+
     Args:
         model (`nn.Module`):
             Unwrapped causal LM, with the adapter active that is to be sampled from.
@@ -210,18 +226,27 @@ def sample_completions(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=pad_token_id, eos_token_id=eos_token_ids
     )
+    every = LogitsProcessorList([*processors, KeyedGumbel(seeds, prompt_ids.device)])
     with plain_generation(model):
-        output_ids = model.generate(
-            input_ids=prompt_ids,
-            attention_mask=prompt_mask,
-            generation_config=config,
-            logits_processor=LogitsProcessorList([*processors, KeyedGumbel(seeds, prompt_ids.device)]),
-        )
-    completion_ids = output_ids[:, prompt_ids.shape[1] :]
+        if (reason := supported(model, config)) is None:
+            rows = [ids[mask].tolist() for ids, mask in zip(prompt_ids, prompt_mask.bool(), strict=True)]
+            groups = [(ids, len(list(same))) for ids, same in groupby(rows)]
+            prompts, counts = map(list, zip(*groups, strict=True))
+            found = sample_rollouts(model, prompts, counts, config, processors=every).completion_ids
+            completion_ids = pad_sequence(list(map(torch.tensor, found)), batch_first=True, padding_value=pad_token_id)
+            completion_ids = completion_ids.to(prompt_ids.device)
+        else:
+            warn_of_generate(reason)
+            output_ids = model.generate(
+                input_ids=prompt_ids, attention_mask=prompt_mask, generation_config=config, logits_processor=every
+            )
+            completion_ids = output_ids[:, prompt_ids.shape[1] :]
     until_eos = completions_until_eos(completion_ids, eos_token_ids)
     attention_mask = torch.cat([prompt_mask, until_eos], dim=1)
     completion_mask = torch.cat([torch.zeros_like(prompt_mask), until_eos], dim=1)
     attention_mask, input_ids, completion_mask = flush_left(
-        attention_mask, output_ids.masked_fill(attention_mask == 0, pad_token_id), completion_mask
+        attention_mask,
+        torch.cat([prompt_ids, completion_ids], dim=1).masked_fill(attention_mask == 0, pad_token_id),
+        completion_mask,
     )
     return input_ids, attention_mask, completion_mask
