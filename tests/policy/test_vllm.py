@@ -50,8 +50,9 @@ class FakeClient:
 
 def train(trainer_class, args, model, reward=digit_parity):
     trainer = trainer_class(model, [reward], args, train_dataset=dataset("policy"))
-    # As the constructor would set it with a running server
+    # As the constructor would set it with a running server, where it makes no config for `generate`
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeClient(), -1
+    del trainer.generation_config
     trainer.train()
     return trainer
 
