@@ -30,3 +30,20 @@ def loadable_weights():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(utils, "dispatch_cpu_unquantized_gemm", unpacked)
         yield
+
+
+@pytest.fixture(autouse=True)
+def freed_engines(monkeypatch):
+    """vLLM keeps the memory of an engine until it is shut down, which TRL leaves to the end of the process."""
+    from trl.generation.vllm_generation import VLLMGeneration
+
+    engines, start = [], VLLMGeneration._init_vllm
+
+    def started(self):
+        start(self)
+        engines.append(self.llm.llm_engine.engine_core)
+
+    monkeypatch.setattr(VLLMGeneration, "_init_vllm", started)
+    yield
+    for engine in engines:
+        engine.shutdown()
