@@ -433,6 +433,7 @@ def test_verifying_leaves_no_trace(policy_path, tmp_path):
         ),
         ({"tree_dump_steps": 0}, r"`tree_dump_steps` must be a number in \[1, inf\), got 0"),
         ({"generation_kwargs": {"stop_strings": ["."]}}, "leave `stop_strings` out .*tree_width=None"),
+        ({"generation_kwargs": {"stop": ["."]}, "use_vllm": True}, "leave `stop` out .*tree_width=None"),
     ],
 )
 def test_bad_values_are_refused(values, message, tmp_path):

@@ -2,6 +2,8 @@
 
 import hashlib
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from papertrl.trainers.policy.record import Source
 
 from ..harness.rollouts import distributions, recorded, sampled
 from ..harness.table import (
+    CASES,
     active_config,
     dataset,
     digit_parity,
@@ -50,8 +53,9 @@ class FakeClient:
 
 def train(trainer_class, args, model, reward=digit_parity):
     trainer = trainer_class(model, [reward], args, train_dataset=dataset("policy"))
-    # As the constructor would set it with a running server
+    # As the constructor would set it with a running server, where it makes no config for `generate`
     trainer.use_vllm, trainer.vllm_generation, trainer._last_loaded_step = True, FakeClient(), -1
+    del trainer.generation_config
     trainer.train()
     return trainer
 
@@ -109,6 +113,21 @@ def test_hints_one_at_a_time(policy_path, tmp_path):
     trainer = train(load_trainer("scaf_grpo"), args, policy_path, every_fourth)
     assert {1, 2} == set(trainer.vllm_generation.sizes)
     assert max(entry.get("scaf/repaired_groups", 0) for entry in trainer.state.log_history) > 0
+
+
+def test_the_page_tells_who_works_and_who_refuses(tmp_path):
+    page = (Path(__file__).parents[2] / "docs/vllm.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `(\w+)` \| (works|refuses) \|", page, re.MULTILINE))
+    found = {}
+    for case in CASES:
+        if case.family == "policy":
+            try:
+                case.trainer.config_class(**settings("policy", tmp_path, use_vllm=True))
+                found[case.method] = "works"
+            except ValueError as error:
+                found[case.method] = "refuses"
+                assert str(error) in page
+    assert told == found
 
 
 @pytest.mark.parametrize("name", objectives_of("policy"))

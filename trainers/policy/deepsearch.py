@@ -116,10 +116,11 @@ class DeepsearchGRPOConfig(PolicyConfig):
 
     def validate(self):
         super().validate()
-        if self.tree_width is not None and (self.generation_kwargs or {}).get("stop_strings"):
+        name = "stop" if self.use_vllm else "stop_strings"
+        if self.tree_width is not None and (self.generation_kwargs or {}).get(name):
             raise ValueError(
                 "DeepSearch samples in steps of a fixed number of tokens and would not see a stop string that crosses "
-                f"them: leave `stop_strings` out of `generation_kwargs`, got {self.generation_kwargs!r}, or set "
+                f"them: leave `{name}` out of `generation_kwargs`, got {self.generation_kwargs!r}, or set "
                 "`tree_width=None`."
             )
 

@@ -111,9 +111,11 @@ class PolicyServices(GRPOTrainer):
             Tokens of the completions, the end token included, and their log-probabilities under the distribution
             sampled from, `None` where the sampler does not give them.
         """
-        holder, name = self.generation_config, "max_new_tokens"
+        # TRL makes the one or the other
         if self.use_vllm:
             holder, name = self.vllm_generation, "max_completion_length"
+        else:
+            holder, name = self.generation_config, "max_new_tokens"
         kept = getattr(holder, name)
         setattr(holder, name, max_tokens)
         try:
@@ -124,9 +126,10 @@ class PolicyServices(GRPOTrainer):
     def answer(self, rows: list[dict[str, Any]], max_tokens: int) -> list[list[int]]:
         """Greedy completions on the way of training: its prompts, options, decoding components and backend."""
         counted = self._sampled_tokens
-        holder, greedy = self.generation_config, GREEDY
         if self.use_vllm:
             holder, greedy = self.vllm_generation, {"temperature": 0.0}
+        else:
+            holder, greedy = self.generation_config, GREEDY
         kept = {name: getattr(holder, name) for name in greedy}
         try:
             vars(holder).update(greedy)
