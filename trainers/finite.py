@@ -47,11 +47,14 @@ class StopsWhereNotFinite:
     def _what_broke(self, loss: bool, norm: float) -> str:
         step = self.state.global_step + 1
         broken = "loss" if loss else f"gradient (norm {norm})"
+        left = f"training stops before the update, and the weights are those of step {step - 1}"
+        if self.is_deepspeed_enabled:
+            # It updates within its backward
+            left = "training stops, and nothing is saved. DeepSpeed made no update if the gradient was not finite"
         return (
-            f"The {broken} of step {step} is not finite: training stops before the update, and the weights are those "
-            f"of step {step - 1}. Likely causes: a learning rate that is too high (`learning_rate` is "
-            f"{self.args.learning_rate}), numbers that overflow (in `fp16`; `bf16` has a wider range), or a reward, a "
-            "stage or a row of the data that brings NaN or infinite values."
+            f"The {broken} of step {step} is not finite: {left}. Likely causes: a learning rate that is too high "
+            f"(`learning_rate` is {self.args.learning_rate}), numbers that overflow (in `fp16`; `bf16` has a wider "
+            "range), or a reward, a stage or a row of the data that brings NaN or infinite values."
         )
 
     def check_weights(self) -> None:
@@ -98,5 +101,13 @@ def _knows_nan(parameter: torch.Tensor) -> bool:
 
 
 def _is_finite(parameter: torch.Tensor) -> torch.Tensor:
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.detach().isfinite().all()
+    """Whether what this rank has of a parameter is finite."""
+    local = parameter.detach()
+    if isinstance(parameter, DTensor):
+        local = local.to_local()
+    elif hasattr(parameter, "ds_tensor"):
+        # With ZeRO-3 the parameter itself is empty, and the last part is padded with whatever was in memory
+        local = parameter.ds_tensor
+        before = torch.distributed.get_rank(parameter.ds_process_group) * local.numel()
+        local = local[: max(0, parameter.ds_numel - before)]
+    return local.isfinite().all()

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate.logging import get_logger
-from transformers.trainer_utils import HubStrategy
+from torch.distributed.fsdp import StateDictType
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, HubStrategy
 from trl.trainer.utils import get_config_model_id
 
 from ..core.configuration import differing_text, field_default, merge_configs
@@ -282,7 +283,24 @@ class MethodTrainer(FillsSlots, StopsWhereNotFinite, Resumes, Staged):
             values[:] = [v.item() if isinstance(v, torch.Tensor) else v for v in values]
         super().log(logs, start_time)
 
-    # --- Card and Hub -------------------------------------------------------------------------------------------
+    # --- Model, card and Hub ------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> Any:
+        """
+        Save the model; see [`~transformers.Trainer.save_model`]. Weights that are not finite are refused.
+
+        Under FSDP the model is written as a whole, outside of checkpoints also with `SHARDED_STATE_DICT`, with which
+        transformers writes none.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        if not self.is_fsdp_enabled or folder.name == f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}":
+            return super().save_model(output_dir, _internal_call)
+        plugin = self.accelerator.state.fsdp_plugin
+        kept, plugin.state_dict_type = plugin.state_dict_type, StateDictType.FULL_STATE_DICT
+        try:
+            return super().save_model(output_dir, _internal_call)
+        finally:
+            plugin.state_dict_type = kept
 
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
