@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 from trl.kernels import ChunkedLogProbFunction
 
 from ..models.attention import AttentionLayout, accept_layouts
@@ -19,8 +20,10 @@ _VOCAB_CHUNK = 32768
 
 
 @dataclass
-class PackedOutput:
+class PackedOutput(ModelOutput):
     """
+    A [`~transformers.utils.ModelOutput`], in which wrappers such as FSDP and DeepSpeed find the tensors.
+
     Args:
         scores (`dict[str, torch.Tensor]`):
             The fields of TRL's fused LM head that were asked for, `(rows, time)` each, at the tokens they are about;
@@ -29,8 +32,8 @@ class PackedOutput:
             Final hidden states of the sequence.
     """
 
-    scores: dict[str, Tensor]
-    states: Tensor
+    scores: dict[str, Tensor] | None = None
+    states: Tensor | None = None
 
 
 def add_packed_forward(

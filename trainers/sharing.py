@@ -9,6 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import broadcast_object_list, is_peft_model
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -179,13 +180,21 @@ def _windows(model: PreTrainedModel) -> dict[int, int | None]:
 
 @contextmanager
 def _gathered(model: nn.Module):
-    if not is_deepspeed_zero3_enabled():
-        yield
-        return
-    import deepspeed
+    if is_deepspeed_zero3_enabled():
+        import deepspeed
 
-    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        with deepspeed.zero.GatheredParameters(list(model.parameters())):
+            yield
+        return
+    # TRL shards a reference when the trainer is built, and the policy when it trains
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.unshard()
+    try:
         yield
+    finally:
+        for module in sharded:
+            module.reshard()
 
 
 @torch.no_grad()
