@@ -16,7 +16,9 @@ from .packing import Packing
 
 # In the order in which the kernel returns them
 _FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
-_VOCAB_CHUNK = 32768
+# Vocabulary entries at a time: on the CPU, so few that a tile of logits is read back from the cache
+_VOCAB_CHUNK = {"cpu": 8192}
+_WIDEST_CHUNK = 32768
 
 
 @dataclass
@@ -106,7 +108,7 @@ def _score(
             bias,
             labels,
             temperature,
-            _VOCAB_CHUNK,
+            min(_VOCAB_CHUNK.get(hidden.device.type, _WIDEST_CHUNK), weight.shape[0]),
             softcap,
             scale,
             outputs,
