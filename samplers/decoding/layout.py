@@ -110,7 +110,9 @@ class PromptLayout:
         groups = heads // shared
         mask = attention_mask
         if queries != 1 or key.shape[1] != shared or (mask is not None and mask.shape[1:] != (1, 1, width + own)):
-            raise NotImplementedError(f"queries, keys and mask of shapes {query.shape, key.shape, mask}")
+            raise NotImplementedError(
+                f"queries of shape {query.shape} to keys of {key.shape}, prompts of {prompt_keys.shape}"
+            )
         query = query.reshape(rows, shared, groups, size) * (size**-0.5 if scaling is None else scaling)
         scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(rows, shared, groups, own)
         # A window may have left the prompt behind
