@@ -39,7 +39,17 @@ VARIANTS = {
     "sliding window": ("mistral", {}, True, None),
     "attends to what follows": ("bert", {"is_decoder": False}, False, None),
     "recurrent": ("mamba", {}, False, None),
+    "recurrent beside attention": ("qwen3_next", {"num_hidden_layers": 4}, False, None),
+    "states and attention": (
+        "granitemoehybrid",
+        {"mamba_n_heads": 8, "mamba_d_head": 8, "layer_types": ["linear_attention", "full_attention"]},
+        False,
+        None,
+    ),
+    "convolutions and attention": ("lfm2", {"layer_types": ["conv", "full_attention"]}, False, None),
+    "states outside of the cache": ("recurrent_gemma", {"num_hidden_layers": 4}, False, None),
 }
+SAMPLED_BY_GENERATE = {"long factors", "dynamic factors", "recurrent", "states outside of the cache"}
 # Prompts' lengths and the completions' longest: short, and beyond every window and switch above
 BATCHES = {"short": ((3, 5, 1), 6), "of one length": ((6, 6), 5), "long": ((12, 22, 17), 20)}
 
@@ -146,7 +156,9 @@ def check(model) -> tuple[dict | str, dict | str, dict | str]:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_shared_prompts_and_fast_rollouts_are_the_plain_ones(name):
     architecture, options, shared, limit = VARIANTS[name]
-    for found in check(tiny_architecture(tiny_config(architecture, **options)))[:2]:
+    *sharing, rollouts = check(tiny_architecture(tiny_config(architecture, **options)))
+    assert isinstance(rollouts, str) == (name in SAMPLED_BY_GENERATE), rollouts
+    for found in sharing:
         assert isinstance(found, dict) == shared, found
         # Above the limit the plain pass is made
         assert not shared or (max(found["lengths"]) == 42) == (limit is None), found

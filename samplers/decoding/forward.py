@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,8 +15,8 @@ from .layout import PromptLayout
 
 logger = logging.getLogger(__name__)
 
-# Whether prompts are shared, by model and its implementation of attention
-_SHARES: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+# What was found of a model, by question and implementation of attention
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str], bool]] = WeakKeyDictionary()
 
 
 def forward_arguments(model: PreTrainedModel) -> Mapping[str, inspect.Parameter]:
@@ -110,40 +110,68 @@ def shares_prompts(model: PreTrainedModel) -> bool:
 
     Tried out once on a few tokens: the logits have to be those with copies.
     """
-    known = _SHARES.setdefault(model, {})
-    implementation = str(model.config._attn_implementation)
-    if implementation not in known:
-        accept_layouts()
-        modes = [(module, module.training) for module in model.modules()]
-        model.eval()
-        try:
-            expected, found = _trial(model, shared=False), None
-            found = _trial(model, shared=True)
-            apart = ((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max().item()
-            known[implementation] = apart <= max(1e-4, 8 * torch.finfo(_coarsest(model)).eps)
-        except Exception as error:
-            logger.debug(f"Each row has a copy of its prompt's keys and values: {type(error).__name__}: {error}")
-            known[implementation] = False
-        finally:
-            for module, training in modes:
-                module.training = training
-    return known[implementation]
+    accept_layouts()
+    return _agree(model, "shared", lambda: _trial(model, shared=False), lambda: _trial(model, shared=True))
+
+
+def keeps_rows(model: PreTrainedModel) -> bool:
+    """
+    Whether what a model remembers of each row is in its cache, so that rows may be repeated and leave.
+
+    Tried out once on a few tokens: the logits have to be those without cache.
+    """
+    return _agree(model, "rows", lambda: _uncached(model), lambda: _trial(model, shared=False))
+
+
+def _agree(model: PreTrainedModel, question: str, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> bool:
+    known = _KNOWN.setdefault(model, {})
+    key = question, str(model.config._attn_implementation)
+    if key in known:
+        return known[key]
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        wanted, logits = expected(), found()
+        apart = ((logits - wanted).norm(dim=-1) / wanted.norm(dim=-1)).max().item()
+        known[key] = apart <= max(1e-4, 8 * torch.finfo(_coarsest(model)).eps)
+    except Exception as error:
+        logger.debug(f"{key} of {type(model).__name__}: {type(error).__name__}: {error}")
+        known[key] = False
+    finally:
+        for module, training in modes:
+            module.training = training
+    return known[key]
+
+
+def _few_tokens(model: PreTrainedModel) -> tuple[Tensor, Tensor, Tensor]:
+    """Two prompts, their mask, and two times a further token of three rows."""
+    vocab, device = model.config.get_text_config().vocab_size, model.device
+    ids = vocab // 4 + torch.arange(12, device=device) * (vocab // 2) // 12
+    return ids[:6].view(2, 3), torch.tensor([[1, 1, 1], [0, 1, 1]], device=device), ids[6:].view(2, 3)
 
 
 @torch.no_grad()
 def _trial(model: PreTrainedModel, shared: bool) -> Tensor:
-    """Logits of rows of two prompts, of which one leaves."""
-    vocab, device = model.config.get_text_config().vocab_size, model.device
-    ids = vocab // 4 + torch.arange(12, device=device) * (vocab // 2) // 12
-    prompts, tokens = ids[:6].view(2, 3), ids[6:].view(2, 3)
-    mask = torch.tensor([[1, 1, 1], [0, 1, 1]], device=device)
+    """Logits of rows of both prompts after their last token; another row has left before."""
+    prompts, mask, tokens = _few_tokens(model)
     forward = RowForward(model, mask, 3, 6, shared)
-    with torch.autocast(device.type, enabled=False):
+    with torch.autocast(model.device.type, enabled=False):
         forward.prefill(prompts)
-        forward.repeat(torch.tensor([0, 0, 1], device=device))
-        first = forward.decode(tokens[0].unsqueeze(1))
-        forward.keep(torch.tensor([2, 1], device=device), torch.tensor([0], device=device))
-        return torch.cat([first, forward.decode(tokens[1, :2].unsqueeze(1))])
+        forward.repeat(torch.tensor([0, 0, 1], device=model.device))
+        forward.decode(tokens[0].unsqueeze(1))
+        forward.keep(torch.tensor([2, 1], device=model.device), torch.tensor([0], device=model.device))
+        return forward.decode(tokens[1, :2].unsqueeze(1))
+
+
+@torch.no_grad()
+def _uncached(model: PreTrainedModel) -> Tensor:
+    prompts, mask, tokens = _few_tokens(model)
+    ids = torch.cat([prompts[[1, 0]], tokens[0, [2, 1]].unsqueeze(1), tokens[1, :2].unsqueeze(1)], dim=1)
+    inputs = {"input_ids": ids, "attention_mask": nn.functional.pad(mask[[1, 0]], (0, 2), value=1)}
+    if "position_ids" in forward_arguments(model):
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.autocast(model.device.type, enabled=False):
+        return model(**inputs, use_cache=False).logits[:, -1].float()
 
 
 def _coarsest(model: nn.Module) -> torch.dtype:

@@ -20,7 +20,8 @@ class PromptLayout:
     """
     [`~papertrl.models.attention.AttentionLayout`] of a decoding step whose cache shares prompts.
 
-    All rows of a prompt attend to its keys in one product, then to their own, with one softmax over both.
+    All rows of a prompt attend to its keys in one product, then to their own, with one softmax over both. Layers that
+    hold a copy for each row are left alone.
 
     Args:
         cache ([`~.cache.RowCache`]):
@@ -87,10 +88,8 @@ class PromptLayout:
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
-        scaling: float | None = None,
-        dropout: float = 0.0,
         **kwargs: Any,
-    ) -> tuple[Tensor, None]:
+    ) -> tuple[Tensor, Tensor | None]:
         """
         As in [`~papertrl.models.attention.AttentionLayout`].
 
@@ -98,6 +97,9 @@ class PromptLayout:
             `NotImplementedError`: if the call is not of a kind that is known here.
         """
         layer = self._cache.layers[module.layer_idx]
+        if getattr(layer, "prompt", None) is None:
+            return attention(module, query, key, value, attention_mask, **kwargs)
+        scaling, dropout = kwargs.pop("scaling", None), kwargs.pop("dropout", 0.0)
         unknown = [name for name, given in kwargs.items() if given is not None and name not in _HARMLESS]
         if unknown or not (attention is sdpa_attention_forward or attention.__name__ == "eager_attention_forward"):
             raise NotImplementedError(f"an attention call of {attention} with {unknown}")
@@ -108,7 +110,9 @@ class PromptLayout:
         groups = heads // shared
         mask = attention_mask
         if queries != 1 or key.shape[1] != shared or (mask is not None and mask.shape[1:] != (1, 1, width + own)):
-            raise NotImplementedError(f"queries, keys and mask of shapes {query.shape, key.shape, mask}")
+            raise NotImplementedError(
+                f"queries of shape {query.shape} to keys of {key.shape}, prompts of {prompt_keys.shape}"
+            )
         query = query.reshape(rows, shared, groups, size) * (size**-0.5 if scaling is None else scaling)
         scores = torch.bmm(query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2)).view(rows, shared, groups, own)
         # A window may have left the prompt behind

@@ -22,7 +22,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from ...models.positions import length_limit
 from .cache import unknown_layers
-from .forward import RowForward, forward_arguments, shares_prompts
+from .forward import RowForward, forward_arguments, keeps_rows, shares_prompts
 from .packing import packed_weights
 from .processors import RowProcessor
 
@@ -110,6 +110,8 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
             return f"`{name}` has its own `{method}`"
     if unusual := unknown_layers(model.config):
         return f"the cache of `{name}` has layers of type {', '.join(unusual)}"
+    if model._is_stateful and not keeps_rows(model):
+        return f"`{name}` keeps states of rows outside of its cache"
     if length_limit(model) is not None:
         return f"the rotary positions of `{name}` change with the length of the longest row, and rows leave"
     if model.is_activation_checkpointing and model.training:
