@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 # Smaller weights stay in the processor's cache, where their layout does not matter
-_SMALLEST = 1 << 17
+_SMALLEST = 1 << 16
 # The packed weights stand beside the model's own
 _MOST_BYTES = 4 << 30
 # Rows that the layout is chosen for; it serves others as well
