@@ -589,7 +589,7 @@ def test_a_replaced_generate_is_found_out(monkeypatch):
 
     assert reason in supported(OwnPeft(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"])), config)
     lora = make_model("lora")
-    for owner in (peft.PeftModelForCausalLM, type(lora.base_model)):
+    for owner in (type(lora), type(lora.base_model)):
         with monkeypatch.context() as patch:
             patch.setattr(owner, "generate", lambda self, **kwargs: None, raising=False)
             assert reason in supported(lora, config)
