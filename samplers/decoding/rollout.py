@@ -135,7 +135,9 @@ def _peft_reason(model: PeftModel) -> str | None:
         return "the adapter is of the prompt-learning kind, which adds to the cache"
     if any(isinstance(config, LoraConfig) and config.alora_invocation_tokens is not None for config in configs):
         return "the adapter is an activated LoRA, which depends on the position in the prompt"
-    if inspect.getattr_static(model, "generate") not in _PEFT_GENERATE or "generate" in vars(model.base_model):
+    # The tuner has none, and passes it on to the model
+    tuner = inspect.getattr_static(model.base_model, "generate", None)
+    if inspect.getattr_static(model, "generate") not in _PEFT_GENERATE or tuner is not None:
         return f"`{type(model).__name__}` has its own `generate`"
     if type(model.base_model).forward is not BaseTuner.forward:
         return f"`{type(model.base_model).__name__}` has its own forward"

@@ -582,6 +582,18 @@ def test_a_replaced_generate_is_found_out(monkeypatch):
         assert supported(model, config) is None
         holder.generate = lambda *args, **kwargs: None
         assert reason in supported(model, config)
+
+    class OwnPeft(peft.PeftModelForCausalLM):
+        def generate(self, *args, **kwargs):
+            return super().generate(*args, **kwargs)
+
+    assert reason in supported(OwnPeft(make_model("llama"), peft.LoraConfig(target_modules=["q_proj"])), config)
+    lora = make_model("lora")
+    for owner in (type(lora), type(lora.base_model)):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, "generate", lambda self, **kwargs: None, raising=False)
+            assert reason in supported(lora, config)
+    assert supported(lora, config) is None
     model = make_model("llama")
     with monkeypatch.context() as patch:
         patch.setattr(GenerationMixin, "generate", lambda self, **kwargs: None)
