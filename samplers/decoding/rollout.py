@@ -23,8 +23,8 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from ...models.positions import length_limit
 from .cache import unknown_layers
 from .forward import RowForward, forward_arguments, keeps_rows, shares_prompts
-from .packing import packed_weights
 from .processors import RowProcessor
+from .weights import packed_weights
 
 logger = logging.getLogger(__name__)
 

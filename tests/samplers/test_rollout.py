@@ -29,9 +29,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from papertrl.samplers.decoding import forward
 from papertrl.samplers.decoding.cache import GrowingLayer
 from papertrl.samplers.decoding.forward import shares_prompts
-from papertrl.samplers.decoding.packing import packed_weights
 from papertrl.samplers.decoding.rollout import _NEUTRAL, draw, sample_rollouts, supported
 from papertrl.samplers.decoding.stopping import StopStrings
+from papertrl.samplers.decoding.weights import packed_weights
 
 VOCAB, PAD = 48, 0
 EOS = list(range(1, 7))
@@ -540,7 +540,7 @@ def test_prompts_are_not_shared_where_attention_is_of_another_kind():
 
 
 def test_packed_weights_multiply_alike(monkeypatch):
-    monkeypatch.setattr("papertrl.samplers.decoding.packing._SMALLEST", 1)
+    monkeypatch.setattr("papertrl.samplers.decoding.weights._SMALLEST", 1)
     model, ids, seen = make_model("lora"), torch.tensor([PROMPTS[0]]), []
     layer = model.get_base_model().model.layers[0].mlp.down_proj
     handle = layer.register_forward_hook(lambda *args: seen.append(1))

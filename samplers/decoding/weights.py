@@ -27,7 +27,8 @@ def packed_weights(model: nn.Module) -> Iterator[None]:
         model (`nn.Module`):
             Any model; hooks of its layers are called as ever.
     """
-    layers = [] if torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.is_available() else _large(model)
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+    layers = _large(model) if known and not torch.is_autocast_enabled("cpu") else []
     if sum(layer.weight.nbytes for layer in layers) > _MOST_BYTES:
         layers = []
     try:
