@@ -99,6 +99,10 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or not model.can_generate():
         return f"`{name}` is not a transformers model that generates"
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
+    if sharded and distributed and torch.distributed.get_world_size() > 1:
+        return "the model is sharded, so that every rank must take the same number of decoding steps"
     if model.config.is_encoder_decoder:
         return f"`{name}` is an encoder-decoder"
     if model.is_remote_code():
@@ -116,10 +120,6 @@ def supported(model: torch.nn.Module, generation_config: GenerationConfig) -> st
         return f"the rotary positions of `{name}` change with the length of the longest row, and rows leave"
     if model.is_activation_checkpointing and model.training:
         return "gradient checkpointing is on, with which the layers keep no cache"
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    sharded = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model)
-    if sharded and distributed and torch.distributed.get_world_size() > 1:
-        return "the model is sharded, so that every rank must take the same number of decoding steps"
     return _config_reason(model._prepare_generation_config(generation_config)[0])
 
 
