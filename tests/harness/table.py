@@ -52,6 +52,8 @@ MATTER = {
     "scaf_grpo": {"num_generations": 2},
     # Completions of some length: the gradient grows with its square
     "hypo": {"hypo_kl_max_new_tokens": 12},
+    # Temperatures that differ so little that only some tokens are drawn otherwise
+    "entropy_temperature": {"max_steps": 6},
 }
 # Methods that do nothing at their default settings, and those of which a part does not, with the remedy that they name
 INERT = {"constrained_rlhf": "constraint_thresholds", "rlg": "rlg_train", "update_sparsity": "update_sparsity_every"}
