@@ -236,6 +236,8 @@ class Stepper:
         trainer.state.max_steps = trainer.args.max_steps = 100
         trainer.model.train()
         trainer.create_optimizer()
+        # Some methods log or scale the learning rate
+        trainer.create_scheduler(trainer.args.max_steps, trainer.optimizer)
         for method, phase in inner.items():
             setattr(trainer, method, self.clock.timed(phase, getattr(trainer, method)))
         self.counted: Counter[str] = Counter()

@@ -108,7 +108,12 @@ def main() -> None:
             model.save_pretrained(folder)
             neutral = make(work, base, {}, model, tokenizer, folder)
             for name in (name for name, family in METHODS.items() if family == base.family.name):
-                method = make(work, load_trainer(name), SETTINGS.get(name, {}), model, tokenizer, folder)
+                try:
+                    method = make(work, load_trainer(name), SETTINGS.get(name, {}), model, tokenizer, folder)
+                except ValueError as error:
+                    # It needs columns, options or rewards of its own
+                    print(f"{name:<10} is left out: {error}", flush=True)
+                    continue
                 for stepper in (neutral, method):
                     measure(stepper, 0)
                 measured = [(measure(neutral, i), measure(method, i)) for i in range(1, args.pairs + 1)]
