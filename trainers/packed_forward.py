@@ -15,7 +15,7 @@ from ..models.observation import lm_head
 from .packing import Packing
 
 # In the order in which the kernel returns them
-_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 # Vocabulary entries at a time: on the CPU, so few that a tile of logits is read back from the cache
 _VOCAB_CHUNK = {"cpu": 8192}
 _WIDEST_CHUNK = 32768
@@ -113,4 +113,4 @@ def _score(
             scale,
             outputs,
         )
-    return {name: value for name, value in zip(_FIELDS, values, strict=True) if name in outputs}
+    return {name: value for name, value in zip(FIELDS, values, strict=True) if name in outputs}

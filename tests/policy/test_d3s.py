@@ -173,15 +173,17 @@ def kept_by_hand(trainer, generation, step):
 def test_what_a_run_keeps(scope, policy_path, tmp_path):
     options = BATCH | {"max_steps": 3, "d3s_token_ratio_end": 0.6, "d3s_token_scope": scope, "d3s_schedule_steps": 2}
     trainer = run(D3sGRPOTrainer, policy_path, tmp_path, **options)
-    seen = []
+    seen, kept_variances, variances = [], [], []
     for step, generation in enumerate(trainer.generations):
         scored, batch, _, _ = generation
         (sample_ratio, token_ratio), rows, scores = kept_by_hand(trainer, generation, step)
         advantages = scored.advantages.tolist()
         size = min(max(1, math.ceil(sample_ratio * 12 - 1e-9)), sum(a != 0 for a in advantages))
         seen.append(size)
+        kept_variances.append(variance([advantages[i] for i in rows]))
+        variances.append(variance(advantages))
         assert len(rows) == size and set(batch["row_weight"].tolist()) <= {0.0, 1.0}
-        assert variance([advantages[i] for i in rows]) == pytest.approx(best_variance(advantages, size), abs=1e-6)
+        assert kept_variances[-1] == pytest.approx(best_variance(advantages, size), abs=1e-6)
 
         kept = {(i, t) for i, t in batch["loss_mask"].nonzero().tolist() if i in rows}
         groups = [scores] if scope == "batch" else [{k: v for k, v in scores.items() if k[0] == i} for i in rows]
@@ -197,7 +199,8 @@ def test_what_a_run_keeps(scope, policy_path, tmp_path):
         assert batch["num_items_in_batch"] == len(expected) and batch["num_rows_in_batch"] == size
     assert metric(trainer, "d3s/dropped_rollouts") == [12 - n for n in seen]
     after, before = metric(trainer, "d3s/advantage_variance_after"), metric(trainer, "d3s/advantage_variance_before")
-    assert sum(after) > sum(before)
+    assert after == pytest.approx(kept_variances, abs=1e-5) and before == pytest.approx(variances, abs=1e-5)
+    assert after[0] > before[0] and sum(after) > sum(before)
     assert seen[0] < seen[1] < seen[2]
 
 

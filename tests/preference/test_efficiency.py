@@ -60,6 +60,33 @@ def test_each_prompt_runs_once_for_policy_and_reference(tiny_path, tokenizer, tm
     assert 0 < tokens["policy"] == tokens["reference"] < batch["input_ids"].numel()
 
 
+def test_a_row_without_prompt_takes_the_plain_way(tiny_path, tokenizer, tmp_path):
+    theirs, ours = make_pair(tiny_path, tokenizer, tmp_path)
+    ids = torch.tensor([[5, 6, 7], [5, 6, 8]])
+    mask = torch.ones_like(ids)
+    seen = []
+    ours.model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    for completion in (mask, torch.tensor([[0, 1, 1], [0, 1, 1]])):
+        found = ours.score_sequences(ours.model, ids, mask, completion)
+        logps = theirs.model(input_ids=ids, attention_mask=mask).logits[:, :-1].log_softmax(-1)
+        expected = logps.gather(-1, ids[:, 1:, None]).squeeze(-1) * completion[:, 1:]
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Packed are the prompt once, and of each completion the token that predicts another
+    assert seen == [(2, 3), (1, 3)]
+
+
+def test_padding_cannot_leak(tiny_path, tokenizer, tmp_path):
+    _, ours = make_pair(tiny_path, tokenizer, tmp_path)
+    batch = first_batch(ours)
+    mask, completion = batch["attention_mask"], batch["completion_mask"]
+    assert (mask == 0).any()
+    noise = torch.where(mask.bool(), batch["input_ids"], 17)
+    one, other = (ours.score_sequences(ours.model, ids, mask, completion) for ids in (batch["input_ids"], noise))
+    assert torch.equal(one, other) and (one != 0).any()
+
+
 @pytest.mark.parametrize("values", [{"bf16": True}, {"peft_config": LoraConfig(r=4, target_modules="all-linear")}])
 @pytest.mark.parametrize("name", ["rpo", "hypo"])
 def test_methods_train_with_sharing(name, values, tiny_path, tokenizer, tmp_path):

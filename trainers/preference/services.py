@@ -12,13 +12,11 @@ from trl.trainer.utils import use_adapter
 
 from ...losses.terms import LossTerm
 from ...models.tokenization import end_tokens
+from ..packed_forward import FIELDS
 from ..packing import pack
 from ..reference import REFERENCE_ADAPTER, trainable_kept
 from .record import PreferenceRecord
 from .sampling import SampledCompletions
-
-# Of a pass, per token
-_FIELDS = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")
 
 
 class PreferenceServices:
@@ -85,11 +83,11 @@ class PreferenceServices:
         text = model_inputs.keys() <= {"input_ids", "attention_mask"}
         if text and self.shares(model_inputs["input_ids"].shape[1]):
             mask, labels = model_inputs["attention_mask"], completion_mask.bool()
-            prompts = (mask - completion_mask).sum(1)
+            prompts = (mask - completion_mask).sum(1).cpu()
             # A completion without a token before it has none that predicts its first
             if bool((prompts > 0).all()):
                 scores = model(packing=pack(**model_inputs, prompt_lengths=prompts, labels=labels)).scores
-                return {name: scores[name][:, 1:] if name in scores else None for name in (*_FIELDS, "aux_loss")}
+                return {name: scores[name][:, 1:] if name in scores else None for name in (*FIELDS, "aux_loss")}
         labels = model_inputs["input_ids"].masked_fill(completion_mask == 0, -100)
         outputs = model(**model_inputs, labels=labels, use_cache=False, fused_lm_head=True)
         time = labels.shape[1] - 1
